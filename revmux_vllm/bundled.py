@@ -1,0 +1,28 @@
+"""Checkpoints that ship with the package, by name."""
+
+from pathlib import Path
+
+_HERE = Path(__file__).resolve().parent
+
+
+def bundled_checkpoints() -> dict[str, Path]:
+    """Name to folder: ``bundled/`` of an installed wheel, or ``adapters/`` of a checkout."""
+    for root in (_HERE / "bundled", _HERE.parent / "adapters"):
+        found = {path.parent.name: path.parent for path in root.glob("*/adapter.safetensors")}
+        if found:
+            return found
+    return {}
+
+
+def resolve(name: str | Path) -> Path:
+    """A folder: the path itself if there is one of that name, else the bundled checkpoint.
+
+    Raises:
+        ValueError: listing the bundled names.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    bundled = bundled_checkpoints()
+    if str(name) not in bundled:
+        raise ValueError(f"{name}: no such folder; bundled are {', '.join(bundled) or 'none'}")
+    return bundled[str(name)]

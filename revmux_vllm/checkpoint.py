@@ -1,0 +1,171 @@
+"""Read and write a checkpoint folder.
+
+    config.json           the backbone's config, our architecture, and the ``revmux`` object
+    adapter.safetensors   the adapters' weights alone, every key under ``revmux.``
+    model.safetensors     the backbone, unless ``revmux.backbone`` names where it is
+    tokenizer files, README.md (the model card)
+
+The keys carry a prefix because vLLM reads every safetensors file of a folder into one stream.
+"""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+
+from revmux_vllm.adapters import AdapterLadder
+from revmux_vllm.config import RevMuxConfig
+
+ADAPTER_FILE = "adapter.safetensors"
+KEY_PREFIX = "revmux."
+ARCHITECTURES = {"llama": "RevMuxLlamaForSequenceClassification"}
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+BACKBONE_FILES = ("model*.safetensors", "model.safetensors.index.json", "tokenizer*", "*.txt")
+
+
+def read_config(folder: str | Path) -> tuple[RevMuxConfig, dict[str, Any]]:
+    """The ``revmux`` object and the whole ``config.json``, checked against each other.
+
+    Raises:
+        ValueError: naming the key, what was expected and what was found.
+    """
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{folder}: not a checkpoint folder: config.json is missing")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from error
+    if "revmux" not in values:
+        raise ValueError(f"{path}: revmux: missing; is this a plain backbone? `revmux train` it")
+    try:
+        config = RevMuxConfig.from_dict(values["revmux"])
+        config.check_backbone(values["hidden_size"], values["num_hidden_layers"])
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return config, values
+
+
+def validate(folder: str | Path) -> RevMuxConfig:
+    """Check a folder without reading its weights: keys, shapes and dtypes of every tensor.
+
+    Raises:
+        ValueError: listing everything that is wrong.
+    """
+    folder = Path(folder)
+    config, values = read_config(folder)
+    with torch.device("meta"):
+        expected = AdapterLadder(config, values["hidden_size"]).state_dict()
+    path = folder / ADAPTER_FILE
+    if not path.is_file():
+        raise ValueError(f"{folder}: {ADAPTER_FILE} is missing")
+    problems = []
+    try:
+        with safe_open(path, "pt") as file:
+            found = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+            dtypes = {key: tensor.get_dtype() for key, tensor in found.items()}
+            shapes = {key: list(tensor.get_shape()) for key, tensor in found.items()}
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a safetensors file: {error}") from error
+    for key, tensor in expected.items():
+        name = KEY_PREFIX + key
+        if name not in found:
+            problems.append(f"{name}: missing")
+            continue
+        if shapes[name] != list(tensor.shape):
+            problems.append(f"{name}: expected shape {list(tensor.shape)}, found {shapes[name]}")
+        if dtypes[name] not in DTYPES:
+            problems.append(f"{name}: expected one of {sorted(DTYPES)}, found {dtypes[name]}")
+    names = {KEY_PREFIX + key for key in expected}
+    problems += [f"{key}: unknown key" for key in sorted(set(found) - names)]
+    if len(set(dtypes.values())) > 1:
+        problems.append(f"expected one dtype for all weights, found {sorted(set(dtypes.values()))}")
+    if problems:
+        raise ValueError(f"{path}:\n" + "\n".join(problems))
+    return config
+
+
+def load_adapters(folder: str | Path, dtype: torch.dtype | None = None) -> AdapterLadder:
+    """The adapters of a folder, in ``dtype`` or as stored."""
+    config = validate(folder)
+    _, values = read_config(folder)
+    tensors = load_file(Path(folder) / ADAPTER_FILE)
+    with torch.device("meta"):
+        ladder = AdapterLadder(config, values["hidden_size"])
+    state = {
+        key.removeprefix(KEY_PREFIX): tensor.to(dtype) if dtype else tensor
+        for key, tensor in tensors.items()
+    }
+    ladder.load_state_dict(state, assign=True)
+    return ladder.eval()
+
+
+def backbone_folder(folder: str | Path) -> str:
+    """Where the backbone's weights are: a folder, or a hub id."""
+    config, _ = read_config(folder)
+    if config.backbone is None:
+        return str(folder)
+    beside = Path(folder) / config.backbone
+    return str(beside) if beside.is_dir() else config.backbone
+
+
+def save(
+    folder: str | Path,
+    ladder: AdapterLadder,
+    backbone: str | Path,
+    card: str,
+    *,
+    bundle_backbone: bool = False,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write a checkpoint folder; a file is replaced only once its successor is complete.
+
+    Args:
+        folder: created if missing.
+        ladder: the adapters.
+        backbone: folder or hub id of the frozen classifier.
+        card: text of the model card.
+        bundle_backbone: copy the backbone's weights into the folder (``backbone`` must be a
+            folder); otherwise the checkpoint names it.
+        dtype: store the adapters in this dtype; default as they are.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    values = AutoConfig.from_pretrained(backbone).to_dict()
+    architecture = ARCHITECTURES.get(values["model_type"])
+    if architecture is None:
+        raise ValueError(
+            f"backbone {backbone}: model_type {values['model_type']!r} is not supported; "
+            f"supported are {', '.join(ARCHITECTURES)}"
+        )
+    named: str | None = str(backbone)
+    if bundle_backbone:
+        named = None
+        for pattern in BACKBONE_FILES:
+            for source in Path(backbone).glob(pattern):
+                shutil.copyfile(source, folder / source.name)
+    else:
+        if Path(backbone).is_dir():
+            named = str(Path(backbone).resolve())
+        AutoTokenizer.from_pretrained(backbone).save_pretrained(folder)
+    config = replace(ladder.config, backbone=named)
+    config.check_backbone(values["hidden_size"], values["num_hidden_layers"])
+    values["architectures"] = [architecture]
+    values["revmux"] = config.to_dict()
+    values.pop("_name_or_path", None)
+    tensors = {
+        KEY_PREFIX + key: tensor.detach().to(dtype or tensor.dtype).contiguous()
+        for key, tensor in ladder.state_dict().items()
+    }
+    partial = folder / (ADAPTER_FILE + ".partial")
+    save_file(tensors, partial, metadata={"format": "pt"})
+    partial.replace(folder / ADAPTER_FILE)
+    (folder / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+    (folder / "README.md").write_text(card, encoding="utf-8")

@@ -1,0 +1,1 @@
+"""Every contact with vLLM, a small file per contact."""

@@ -1,0 +1,114 @@
+"""vLLM's config hook for our architectures: choose scheduler and worker, refuse what cannot work.
+
+vLLM calls it once per process with the whole ``VllmConfig`` (config/vllm.py,
+``try_verify_and_update_config``), before any engine process starts. Our model class declares
+``attn_type = "encoder_only"``, because like an encoder's sequence a composite must run whole; so
+vLLM leaves chunked prefill and prefix caching off by default, and if one is on here the user
+asked for it.
+"""
+
+import os
+from typing import TYPE_CHECKING
+
+from vllm.logger import init_logger
+from vllm.model_executor.models.config import VerifyAndUpdateConfig
+from vllm.utils.math_utils import cdiv
+
+from revmux_vllm import checkpoint
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+logger = init_logger("vllm.revmux")
+
+
+class RevMuxModelConfig(VerifyAndUpdateConfig):
+    """Hook of every ``RevMux*ForSequenceClassification``."""
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: "VllmConfig") -> None:
+        """Set what multiplexing needs.
+
+        Raises:
+            ValueError: naming each option that cannot work as the user typed it, with the cure, or
+                what is wrong with the checkpoint.
+        """
+        _refuse_impossible_options(vllm_config)
+        if vllm_config.load_config.load_format != "dummy":
+            checkpoint.validate(vllm_config.model_config.model)
+        # One seam is kept for the V1 model runner; V2 orders requests by itself.
+        os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+        vllm_config.scheduler_config.scheduler_cls = (
+            "revmux_vllm.engine.scheduler.RevMuxScheduler"
+        )
+        vllm_config.scheduler_config.async_scheduling = False
+        vllm_config.parallel_config.worker_cls = "revmux_vllm.engine.worker.RevMuxWorker"
+        # Upper layers run on another number of rows than a captured graph was made for.
+        from vllm.config import CUDAGraphMode
+
+        vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
+        _size_kv_cache(vllm_config)
+
+
+def _refuse_impossible_options(vllm_config: "VllmConfig") -> None:
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    refused = []
+    if model.runner_type != "pooling":
+        refused.append(
+            f"--runner {model.runner_type}: a RevMUX checkpoint classifies; use --runner pooling "
+            "or leave the option out"
+        )
+    if vllm_config.scheduler_config.enable_chunked_prefill:
+        refused.append(
+            "--enable-chunked-prefill: a composite needs its members whole; leave the option out"
+        )
+    if vllm_config.cache_config.enable_prefix_caching:
+        refused.append(
+            "--enable-prefix-caching: the upper layers' pages belong to a composite, not to a "
+            "prompt; leave the option out"
+        )
+    if parallel.pipeline_parallel_size > 1:
+        refused.append(
+            f"--pipeline-parallel-size {parallel.pipeline_parallel_size}: the multiplexer sits "
+            "between two layers of one worker; use 1, and --data-parallel-size or replicas to "
+            "scale out"
+        )
+    if vllm_config.lora_config is not None:
+        refused.append("--enable-lora: adapters of another kind; leave the option out")
+    if vllm_config.speculative_config is not None:
+        refused.append("--speculative-config: a classifier decodes nothing; leave the option out")
+    if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1":
+        refused.append("VLLM_USE_V2_MODEL_RUNNER=1: the V1 model runner is needed; unset it")
+    if refused:
+        raise ValueError("RevMUX cannot run with\n  " + "\n  ".join(refused))
+
+
+def _size_kv_cache(vllm_config: "VllmConfig") -> None:
+    """Pages for the tokens of one step, unless the user sized the cache: nothing outlives a step.
+
+    Without it vLLM takes a share of all memory (0.92 of a NUMA node on CPUs) and refuses to start
+    beside anything else.
+    """
+    cache, scheduler, model = (
+        vllm_config.cache_config,
+        vllm_config.scheduler_config,
+        vllm_config.model_config,
+    )
+    if cache.kv_cache_memory_bytes is not None or os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
+        return
+    block_size = 128  # the largest that vLLM chooses by itself (platforms/cpu.py)
+    if cache.user_specified_block_size:
+        block_size = cache.block_size
+    # Every sequence can leave its last page almost empty; one page is vLLM's null page.
+    tokens = max(scheduler.max_num_batched_tokens, model.max_model_len)
+    blocks = cdiv(tokens, block_size) + scheduler.max_num_seqs + 1
+    heads = model.get_num_kv_heads(vllm_config.parallel_config)
+    layers = model.get_num_layers(vllm_config.parallel_config)
+    page_bytes = 2 * heads * model.get_head_size() * block_size * model.dtype.itemsize
+    cache.kv_cache_memory_bytes = blocks * layers * page_bytes
+    logger.info(
+        "RevMUX: KV cache of %.0f MiB, for %d tokens of at most %d sequences in one step",
+        cache.kv_cache_memory_bytes / 2**20,
+        tokens,
+        scheduler.max_num_seqs,
+    )

@@ -1,0 +1,40 @@
+"""Entry point ``vllm.general_plugins``: what vLLM learns about RevMUX when it starts.
+
+vLLM calls ``register`` in every process, also when another model is served, and an exception in it
+would stop them all: so it imports nothing heavy, and leaves all checks to ``RevMuxModelConfig``,
+which vLLM calls only for our architectures.
+"""
+
+SUPPORTED_VLLM = "0.32"
+MODELS = {
+    "RevMuxLlamaForSequenceClassification": (
+        "revmux_vllm.engine.models.llama:RevMuxLlamaForSequenceClassification"
+    ),
+}
+
+
+def register() -> None:
+    """Register the bundled names, the architectures and their config hook. Idempotent."""
+    from vllm.logger import init_logger
+
+    try:
+        from vllm.model_executor.models import ModelRegistry
+        from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+
+        from revmux_vllm.engine.bundled_names import (
+            keep_bundled_names_offline,
+            redirect_bundled_names,
+        )
+        from revmux_vllm.engine.model_config import RevMuxModelConfig
+
+        for architecture, path in MODELS.items():
+            ModelRegistry.register_model(architecture, path)
+            MODELS_CONFIG_MAP[architecture] = RevMuxModelConfig
+        redirect_bundled_names()
+        keep_bundled_names_offline()
+    except Exception:
+        init_logger("vllm.revmux").exception(
+            "revmux-vllm could not register itself and is inactive; other models are not "
+            "affected. It is made for vLLM %s.",
+            SUPPORTED_VLLM,
+        )

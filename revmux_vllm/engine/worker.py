@@ -1,0 +1,63 @@
+"""The worker: holds the step's plan where the attention metadata builder finds it."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from vllm.platforms import current_platform
+
+from revmux_vllm.packing import MuxPlan
+
+if current_platform.is_cpu():
+    from vllm.v1.worker.cpu_worker import CPUWorker as BaseWorker
+else:
+    from vllm.v1.worker.gpu_worker import Worker as BaseWorker  # type: ignore[assignment]
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """The plan of the step that runs now.
+
+    Attributes:
+        plan: composites by request id.
+        row_of: request id to row of the batch. The model runner fills it while it prepares the
+            step, so it is read only when metadata is built.
+    """
+
+    plan: MuxPlan
+    row_of: Mapping[str, int]
+
+    def groups(self) -> list[tuple[int, ...]]:
+        """Composites by row of the batch, carrier first."""
+        return [tuple(self.row_of[member] for member in group) for group in self.plan.groups]
+
+
+_current: StepPlan | None = None
+
+
+def current_step() -> StepPlan | None:
+    """The plan of the running step; None in profiling and warm-up runs."""
+    return _current
+
+
+@contextmanager
+def running(step: StepPlan | None) -> Iterator[None]:
+    """Make ``step`` the current one for the duration."""
+    global _current
+    _current = step
+    try:
+        yield
+    finally:
+        _current = None
+
+
+class RevMuxWorker(BaseWorker):
+    """vLLM's worker for this platform; reads the plan off the scheduler's output."""
+
+    def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        """One step under its plan."""
+        plan = getattr(scheduler_output, "mux_plan", None)
+        step = plan and StepPlan(plan, self.model_runner.input_batch.req_id_to_index)
+        with running(step or None):
+            return super().execute_model(scheduler_output, *args, **kwargs)
