@@ -90,9 +90,7 @@ def arguments(output: Path, epochs: float, lr: float, batch: int, seed: int) -> 
 
 
 @app.command()
-def teacher(
-    data: DataDir, output: Output, epochs: Epochs = 1.0, seed: Seed = 0
-) -> None:
+def teacher(data: DataDir, output: Output, epochs: Epochs = 1.0, seed: Seed = 0) -> None:
     """Fine-tune MiniLM on SST-2."""
     set_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(minilm_folder())

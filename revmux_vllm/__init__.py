@@ -13,9 +13,9 @@ __version__ = "0.1.0"
 __all__ = [
     "AdapterLadder",
     "MuxPlan",
-    "ReversibleCoupling",
     "RevMuxAdapter",
     "RevMuxConfig",
+    "ReversibleCoupling",
     "layer_limit",
     "pack",
 ]

@@ -50,8 +50,7 @@ class ReversibleCoupling(nn.Module):
         """Undo ``forward``: (..., N, S) to (..., N, S)."""
         self._check(y)
         x = [
-            y[..., i, :] - self.functions[i](y[..., i - 1, :])
-            for i in range(self.width - 1, 0, -1)
+            y[..., i, :] - self.functions[i](y[..., i - 1, :]) for i in range(self.width - 1, 0, -1)
         ]  # x_0 .. x_{N-2}
         x.append(y[..., 0, :] - self.functions[0](x[-1]))
         return torch.stack(x, dim=-2)  # (..., N, S)

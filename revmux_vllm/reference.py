@@ -1,6 +1,6 @@
 """The reference answer: a padded transformers batch run under a given plan.
 
-Training, evaluation and the engine's parity tests all go through ``run_composites``.
+Training, evaluation and the engine's parity tests all go through these functions.
 """
 
 from collections.abc import Sequence
@@ -33,32 +33,34 @@ def pooled_rows(hidden: Tensor, lengths: Tensor) -> Tensor:
     return hidden[torch.arange(len(hidden), device=hidden.device), lengths - 1]
 
 
-def run_composites(
-    backbone: LlamaBackbone, adapter: RevMuxAdapter, hidden: Tensor, lengths: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Run G composites of the adapter's width.
+def multiplex(adapter: RevMuxAdapter, hidden: Tensor, lengths: Tensor) -> Tensor:
+    """G composites of the adapter's width.
 
     Args:
         hidden: (G, N, T, D) after the prefill layers, right-padded.
         lengths: (G, N) int64.
 
     Returns:
-        The vectors (G, N, D) that the head reads, and the streams (G, T, N, S) before mixing.
+        (G, T, D), what the upper layers run on.
     """
     num_groups, width, num_tokens, hidden_size = hidden.shape
     inside = torch.arange(num_tokens, device=hidden.device) < lengths[..., None]  # (G, N, T)
     rows = hidden.transpose(1, 2).reshape(-1, width, hidden_size)  # (G*T, N, D)
-    streams = adapter.down_project(rows, inside.transpose(1, 2).reshape(-1, width))
-    composite = adapter.mix(streams).unflatten(0, (num_groups, num_tokens))  # (G, T, D)
-    out = backbone.upper(composite)  # (G, T, D)
+    composite = adapter.multiplex(rows, inside.transpose(1, 2).reshape(-1, width))
+    return composite.unflatten(0, (num_groups, num_tokens))
+
+
+def demultiplex(adapter: RevMuxAdapter, out: Tensor, hidden: Tensor, lengths: Tensor) -> Tensor:
+    """The members' vectors (G, N, D) from the upper layers' output (G, T, D).
+
+    ``hidden`` and ``lengths`` are those that ``multiplex`` was given.
+    """
+    num_groups, width = lengths.shape
     flat = lengths.flatten()
     read_at = pooled_rows(out.repeat_interleave(width, 0), flat)  # (G*N, D)
-    stream = torch.arange(width, device=hidden.device).repeat(num_groups)
+    stream = torch.arange(width, device=out.device).repeat(num_groups)
     vectors = adapter.demultiplex(read_at, stream, skip_state(hidden.flatten(0, 1), flat))
-    return (
-        vectors.unflatten(0, (num_groups, width)),
-        streams.unflatten(0, (num_groups, num_tokens)),
-    )
+    return vectors.unflatten(0, (num_groups, width))
 
 
 @torch.no_grad()
@@ -75,16 +77,17 @@ def classify(
     lengths = torch.tensor([len(prompt) for prompt in prompts])
     logits: dict[int, Tensor] = {}
     for group in groups:
-        longest = int(lengths[list(group)].max())
-        ids = torch.zeros(len(group), longest, dtype=torch.long)
+        own = lengths[list(group)]
+        ids = torch.zeros(len(group), int(own.max()), dtype=torch.long)
         for row, index in enumerate(group):
             ids[row, : len(prompts[index])] = torch.as_tensor(prompts[index])
-        own = lengths[list(group)]
         hidden = backbone.lower(ids)
         if len(group) == 1:
             vectors = pooled_rows(backbone.upper(hidden), own)
         else:
-            vectors = run_composites(backbone, ladder[len(group)], hidden[None], own[None])[0][0]
+            adapter = ladder[len(group)]
+            out = backbone.upper(multiplex(adapter, hidden[None], own[None]))
+            vectors = demultiplex(adapter, out, hidden[None], own[None])[0]
         for index, row in zip(group, backbone.head(vectors), strict=True):
             logits[index] = row
     return torch.stack([logits[index] for index in range(len(prompts))])

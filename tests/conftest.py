@@ -14,11 +14,11 @@ from revmux_vllm import checkpoint
 from revmux_vllm.adapters import AdapterLadder
 from revmux_vllm.config import RevMuxConfig
 
-# Set before vLLM is imported. With the scheduler in this process a test can record its plans.
-os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
 VOCAB_SIZE = 320
+# Tiny models: more threads only get in one another's way, and in the engine's.
+torch.set_num_threads(1)
 
 
 def random_prompts(seed: int, count: int, longest: int = 300) -> list[list[int]]:
@@ -96,7 +96,10 @@ class RecordingEngine:
             "distributed_executor_backend": "mp",
             "kv_cache_memory_bytes": 64 << 20,
         } | options
-        self.llm = LLM(model=str(model), **options)
+        with pytest.MonkeyPatch.context() as patch:
+            # With the scheduler in this process a test can record its plans.
+            patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+            self.llm = LLM(model=str(model), **options)
         self.plans: list[Any] = []
         scheduler = self.llm.llm_engine.engine_core.engine_core.scheduler  # type: ignore[attr-defined]
         schedule = scheduler.schedule

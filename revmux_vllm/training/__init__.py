@@ -1,0 +1,1 @@
+"""Adapters for a frozen classifier: data, losses, trainer and evaluation."""

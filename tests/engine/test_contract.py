@@ -1,0 +1,125 @@
+"""What we rely on in vLLM 0.32. A failure here says which file to look at after an upgrade."""
+
+import dataclasses
+import inspect
+
+import pytest
+import vllm
+from vllm.v1.attention.backend import AttentionMetadataBuilder, CommonAttentionMetadata
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.metrics.stats import SchedulerStats
+from vllm.v1.worker.worker_base import WorkerBase
+
+from revmux_vllm.engine import plugin
+from revmux_vllm.engine.attention import composite_attention_backend
+from revmux_vllm.engine.metrics import put_width_counts, take_width_counts
+from revmux_vllm.engine.scheduler import RevMuxSchedulerOutput
+
+
+def parameters(function: object) -> list[str]:
+    return list(inspect.signature(function).parameters)  # type: ignore[arg-type]
+
+
+def test_version() -> None:
+    assert vllm.__version__.startswith(plugin.SUPPORTED_VLLM)
+
+
+def test_overridden_signatures() -> None:
+    assert parameters(Scheduler.schedule) == ["self", "throttle_prefills"]
+    assert parameters(WorkerBase.execute_model) == ["self", "scheduler_output"]
+    assert parameters(AttentionMetadataBuilder.build) == [
+        "self",
+        "common_prefix_len",
+        "common_attn_metadata",
+        "fast_build",
+    ]
+    assert parameters(Scheduler.make_stats) == [
+        "self",
+        "spec_decoding_stats",
+        "kv_connector_stats",
+        "cudagraph_stats",
+        "perf_stats",
+        "ec_connector_stats",
+    ]
+
+
+def test_our_scheduler_output_adds_one_field() -> None:
+    theirs = {field.name for field in dataclasses.fields(SchedulerOutput)}
+    ours = {field.name for field in dataclasses.fields(RevMuxSchedulerOutput)}
+    assert ours - theirs == {"mux_plan"}
+
+
+def test_every_per_sequence_field_of_the_metadata_is_known() -> None:
+    """A new field here may need rewriting in ``composite_metadata``."""
+    assert {field.name for field in dataclasses.fields(CommonAttentionMetadata)} == {
+        # rewritten
+        "query_start_loc",
+        "query_start_loc_cpu",
+        "seq_lens",
+        "seq_lens_cpu_upper_bound",
+        "num_reqs",
+        "num_actual_tokens",
+        "max_query_len",
+        "max_seq_len",
+        "block_table_tensor",
+        "slot_mapping",
+        "positions",
+        "is_prefilling",
+        "_num_computed_tokens_cache",
+        "_token_to_req_indices_cache",
+        # the same for composites, or of features that are refused or off
+        "causal",
+        "logits_indices_padded",
+        "num_logits_indices",
+        "max_logits_per_req",
+        "encoder_seq_lens",
+        "encoder_seq_lens_cpu",
+        "dcp_local_seq_lens",
+        "dcp_local_seq_lens_cpu_upper_bound",
+        "req_idx",
+        "mm_req_doc_ranges",
+        "rswa_prefix_lens",
+        "replayssm_decode_base_cpu",
+    }
+
+
+def test_statistics_still_offer_no_place_of_our_own() -> None:
+    """Expires: once ``SchedulerStats`` has a free field, engine/metrics.py should use that."""
+    names = {field.name for field in dataclasses.fields(SchedulerStats)}
+    assert "waiting_lora_adapters" in names
+    assert not {"extra", "plugin_stats", "custom_stats", "additional_stats"} & names
+    stats = SchedulerStats()
+    put_width_counts(stats, {1: 3, 4: 8})
+    assert take_width_counts(stats) == {1: 3, 4: 8}
+
+
+def test_registering_twice_is_harmless() -> None:
+    from vllm.engine import arg_utils
+    from vllm.model_executor.models import ModelRegistry
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+
+    plugin.register()
+    patched = arg_utils.get_model_path
+    plugin.register()
+    assert arg_utils.get_model_path is patched
+    for architecture in plugin.MODELS:
+        assert architecture in ModelRegistry.get_supported_archs()
+        assert architecture in MODELS_CONFIG_MAP
+
+
+def test_a_failing_registration_stops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> None:
+        raise RuntimeError("upstream has changed")
+
+    monkeypatch.setattr("revmux_vllm.engine.bundled_names.redirect_bundled_names", broken)
+    plugin.register()
+
+
+def test_the_backend_is_the_platforms_own_with_another_builder() -> None:
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    backend = composite_attention_backend(CPUAttentionBackend)
+    assert backend is composite_attention_backend(CPUAttentionBackend)
+    assert issubclass(backend, CPUAttentionBackend)
+    assert issubclass(backend.get_builder_cls(), CPUAttentionBackend.get_builder_cls())

@@ -1,0 +1,64 @@
+"""Options that cannot work are refused by name before any engine process starts."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vllm.engine.arg_utils import EngineArgs
+
+from revmux_vllm.config import RevMuxConfig
+from revmux_vllm.engine.policy import read_policy
+
+
+def configure(model: Path, **options: Any) -> Any:
+    return EngineArgs(model=str(model), dtype="float32", **options).create_engine_config()
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"enable_chunked_prefill": True}, "--enable-chunked-prefill"),
+        ({"enable_prefix_caching": True}, "--enable-prefix-caching"),
+        ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size 2"),
+        ({"runner": "generate"}, "--runner generate"),
+        ({"enable_lora": True}, "--enable-lora"),
+    ],
+)
+def test_refused_by_name_with_the_cure(
+    tiny_checkpoint: Path, options: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(ValueError, match=named):
+        configure(tiny_checkpoint, **options)
+
+
+def test_no_flags_are_needed(tiny_checkpoint: Path) -> None:
+    config = configure(tiny_checkpoint)
+    assert not config.scheduler_config.enable_chunked_prefill
+    assert not config.cache_config.enable_prefix_caching
+    assert config.scheduler_config.get_scheduler_cls().__name__ == "RevMuxScheduler"
+    assert config.parallel_config.worker_cls.endswith("RevMuxWorker")
+    assert 0 < config.cache_config.kv_cache_memory_bytes < 1 << 30
+
+
+def test_a_broken_checkpoint_is_refused_before_the_engine_starts(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny_checkpoint, tmp_path / "broken"))
+    values = json.loads((folder / "config.json").read_text())
+    values["revmux"]["widths"] = [2, 3]
+    (folder / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=r"revmux\.widths: 3 does not divide"):
+        configure(folder)
+
+
+def test_policy() -> None:
+    config = RevMuxConfig(widths=(2, 4), prefill_layers=1)
+    assert read_policy({}, config) == (2, 4)
+    assert read_policy({"revmux": {"max_width": 2}}, config) == (2,)
+    assert read_policy({"revmux": {"max_width": 1}}, config) == ()
+    with pytest.raises(ValueError, match="unknown key linger"):
+        read_policy({"revmux": {"linger": 3}}, config)
+    with pytest.raises(ValueError, match=r"max_width: expected one of \[1, 2, 4\], found 3"):
+        read_policy({"revmux": {"max_width": 3}}, config)

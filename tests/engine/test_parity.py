@@ -1,0 +1,117 @@
+"""The heart of the suite: the engine's answers are the reference's, given the same plan.
+
+Random weights far from any start make each answer depend strongly on its company, so a mistake in
+grouping, stream, position, page or slot cannot hide.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import RecordingEngine, random_prompts
+
+from revmux_vllm import checkpoint
+from revmux_vllm.backbones import LlamaBackbone
+from revmux_vllm.reference import classify
+
+BATCHES = [(0, 1), (1, 5), (2, 64), (3, 31), (4, 64), (5, 2)]  # seed, requests
+FLOAT32_TOLERANCE = 1e-4
+# bfloat16 keeps 8 bits: each of the 4 layers and the adapters rounds by 2^-9 relative, and these
+# random weights amplify it; both sides are compared with the float32 reference. The median over a
+# batch is held tight, so that one wrong answer among right ones still fails the mean bound.
+BFLOAT16_MEAN_TOLERANCE = 0.05
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_checkpoint: Path) -> Callable[..., torch.Tensor]:
+    backbone = LlamaBackbone.from_folder(tiny_checkpoint, prefill_layers=1)
+    ladder = checkpoint.load_adapters(tiny_checkpoint)
+
+    def probabilities(prompts: list[list[int]], groups: list[tuple[int, ...]]) -> torch.Tensor:
+        return classify(backbone, ladder, prompts, groups).softmax(-1)
+
+    return probabilities
+
+
+def check(engine: RecordingEngine, reference: Callable[..., torch.Tensor]) -> None:
+    seen: set[int] = set()
+    for seed, count in BATCHES:
+        prompts = random_prompts(seed, count)
+        probs, groups = engine.classify(prompts)
+        seen |= {len(group) for group in groups}
+        assert sorted(i for group in groups for i in group) == list(range(count))
+        difference = (probs - reference(prompts, groups)).abs().max().item()
+        assert difference <= FLOAT32_TOLERANCE, (seed, count, groups)
+    assert seen == {1, 2, 4, 8}, "the batches no longer cover every width"
+
+
+@pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
+def test_float32(
+    eager: bool,
+    tiny_checkpoint: Path,
+    make_engine: Callable[..., RecordingEngine],
+    reference: Callable[..., torch.Tensor],
+) -> None:
+    check(make_engine(tiny_checkpoint, enforce_eager=eager), reference)
+
+
+def test_company_changes_answers(reference: Callable[..., torch.Tensor]) -> None:
+    """Without this the parity test could not fail on a wrong grouping."""
+    prompts = random_prompts(7, 8)
+    prompts.sort(key=len, reverse=True)
+    a = reference(prompts, [(0, 1), (2, 3), (4, 5), (6, 7)])
+    b = reference(prompts, [(0, 2), (1, 3), (4, 6), (5, 7)])
+    assert (a - b).abs().amax(-1).median() > 100 * FLOAT32_TOLERANCE
+
+
+def test_bfloat16(
+    tiny_checkpoint: Path,
+    make_engine: Callable[..., RecordingEngine],
+    reference: Callable[..., torch.Tensor],
+) -> None:
+    engine = make_engine(tiny_checkpoint, dtype="bfloat16")
+    for seed, count in BATCHES:
+        prompts = random_prompts(seed, count)
+        probs, groups = engine.classify(prompts)
+        difference = (probs - reference(prompts, groups)).abs()
+        assert difference.mean().item() <= BFLOAT16_MEAN_TOLERANCE, (seed, count)
+
+
+def test_width_one_is_the_stock_model(
+    tiny_checkpoint: Path, make_engine: Callable[..., RecordingEngine]
+) -> None:
+    """Same weights in vLLM's own LlamaForSequenceClassification, same batches."""
+    ours = make_engine(tiny_checkpoint, additional_config={"revmux": {"max_width": 1}})
+    stock = make_engine(
+        tiny_checkpoint,
+        hf_overrides={"architectures": ["LlamaForSequenceClassification"]},
+        enable_prefix_caching=False,
+    )
+    for seed, count in BATCHES:
+        prompts = random_prompts(seed, count)
+        probs, groups = ours.classify(prompts)
+        assert {len(group) for group in groups} == {1}
+        expected, _ = stock.classify(prompts)
+        torch.testing.assert_close(probs, expected, rtol=0, atol=1e-6)
+
+
+def test_tenants_never_share_a_composite(
+    tiny_checkpoint: Path, make_engine: Callable[..., RecordingEngine]
+) -> None:
+    from vllm import TokensPrompt
+
+    engine = make_engine(tiny_checkpoint)
+    engine.plans.clear()
+    outputs = engine.llm.classify(
+        [
+            TokensPrompt(prompt_token_ids=[5, 6, 7], cache_salt=salt)
+            for salt in ("a", "b", "a", "b", "c", "a")
+        ],
+        use_tqdm=False,
+    )
+    tenant = {o.request_id: s for o, s in zip(outputs, "ababca", strict=True)}
+    groups = [group for plan in engine.plans if plan for group in plan.groups]
+    assert sorted(len(group) for group in groups) == [1, 1, 2, 2]
+    for group in groups:
+        assert len({tenant[member.rsplit("-", 1)[0]] for member in group}) == 1

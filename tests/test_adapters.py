@@ -1,0 +1,48 @@
+"""Multiplexer and demultiplexer of one width, and the ladder of several."""
+
+import pytest
+import torch
+
+from revmux_vllm.adapters import AdapterLadder, RevMuxAdapter
+from revmux_vllm.config import RevMuxConfig
+
+
+@pytest.mark.parametrize("width", [2, 3, 4, 8])
+@torch.no_grad()
+def test_demultiplexing_without_upper_layers_gives_back_each_stream(width: int) -> None:
+    """Through identity upper layers the inverse must return what was down-projected."""
+    adapter = RevMuxAdapter(width, 24, 16).double()
+    rows, present = torch.randn(5, width, 24).double(), torch.ones(5, width, dtype=torch.bool)
+    streams = adapter.down_project(rows, present)
+    composite = adapter.mix(streams) / adapter.scale
+    seen = {}
+    adapter.up.register_forward_pre_hook(lambda _, args: seen.update(x=args[0]))
+    for stream in range(width):
+        index = torch.full((5,), stream)
+        adapter.demultiplex(composite, index, torch.randn(5, 2, 24).double())
+        own = seen["x"][:, : 24 // width]
+        torch.testing.assert_close(own, streams[:, stream], rtol=1e-9, atol=1e-9)
+
+
+@torch.no_grad()
+def test_an_ended_member_leaves_no_trace() -> None:
+    adapter = RevMuxAdapter(2, 8, 8)
+    rows = torch.randn(3, 2, 8)
+    present = torch.tensor([[True, True], [True, False], [True, False]])
+    other = rows.clone()
+    other[1:, 1] = 1e3
+    torch.testing.assert_close(adapter.multiplex(rows, present), adapter.multiplex(other, present))
+    assert not torch.equal(adapter.multiplex(rows, present)[0], adapter.multiplex(rows, present)[1])
+
+
+def test_a_width_that_does_not_divide_is_refused() -> None:
+    with pytest.raises(ValueError, match="width 3 does not divide hidden_size 8"):
+        RevMuxAdapter(3, 8, 8)
+
+
+def test_the_ladder_names_its_widths() -> None:
+    ladder = AdapterLadder(RevMuxConfig(widths=(2, 4), prefill_layers=1), 8)
+    assert [width for width, _ in ladder.items()] == [2, 4]
+    assert {key.split(".")[0] for key in ladder.state_dict()} == {"2", "4"}
+    with pytest.raises(KeyError, match="no adapter of width 8; there are"):
+        ladder[8]

@@ -1,0 +1,127 @@
+"""Folders round-trip bit for bit, and a broken one is refused before anything loads it."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_tiny_checkpoint
+from safetensors.torch import load_file, save_file
+
+from revmux_vllm import bundled, checkpoint
+
+
+@pytest.fixture
+def folder(tiny_checkpoint: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_checkpoint, tmp_path / "copy"))
+
+
+def change_config(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    path = folder / "config.json"
+    values = json.loads(path.read_text())
+    change(values)
+    path.write_text(json.dumps(values))
+
+
+def change_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    path = folder / checkpoint.ADAPTER_FILE
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_it_round_trips_bit_for_bit(folder: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    first = checkpoint.load_adapters(folder, dtype)
+    checkpoint.save(tmp_path / "again", first, folder, "# card\n", bundle_backbone=True)
+    second = checkpoint.load_adapters(tmp_path / "again")
+    assert first.config == second.config
+    assert first.state_dict().keys() == second.state_dict().keys()
+    for key, tensor in first.state_dict().items():
+        assert tensor.dtype == dtype
+        assert torch.equal(tensor, second.state_dict()[key]), key
+
+
+def test_the_adapter_file_holds_adapter_keys_alone(folder: Path) -> None:
+    keys = load_file(folder / checkpoint.ADAPTER_FILE).keys()
+    assert {key.split(".")[0] for key in keys} == {"revmux"}
+    assert {key.split(".")[1] for key in keys} == {"2", "4", "8"}
+
+
+def test_the_backbone_can_be_named(tmp_path: Path) -> None:
+    folder = make_tiny_checkpoint(tmp_path, bundle_backbone=False)
+    assert not (folder / "model.safetensors").exists()
+    assert (folder / "tokenizer.json").exists()
+    assert checkpoint.backbone_folder(folder) == str(tmp_path / "backbone")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda t: t.pop("revmux.2.scale"),
+            "revmux.2.scale: missing",
+        ),
+        (
+            lambda t: t.update({"revmux.2.extra": torch.zeros(1)}),
+            "revmux.2.extra: unknown key",
+        ),
+        (
+            lambda t: t.update({"revmux.4.scale": torch.zeros(63)}),
+            r"revmux.4.scale: expected shape \[64\], found \[63\]",
+        ),
+        (
+            lambda t: t.update({"revmux.4.scale": torch.zeros(64, dtype=torch.int32)}),
+            r"revmux.4.scale: expected one of .*'F32'.*, found I32",
+        ),
+        (
+            lambda t: t.update({"revmux.4.scale": torch.zeros(64, dtype=torch.float16)}),
+            "expected one dtype for all weights, found",
+        ),
+    ],
+)
+def test_broken_weights_are_refused(folder: Path, change: Any, message: str) -> None:
+    change_tensors(folder, change)
+    with pytest.raises(ValueError, match=message):
+        checkpoint.validate(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.pop("revmux"), "revmux: missing"),
+        (lambda c: c["revmux"].update(widths=[2, 5]), "5 does not divide .* hidden_size 64"),
+        (lambda c: c["revmux"].update(prefill_layers=4), "fewer than the backbone's 4 layers"),
+        (lambda c: c["revmux"].update(surprise=1), "revmux.surprise: unknown key"),
+    ],
+)
+def test_broken_configs_are_refused(folder: Path, change: Any, message: str) -> None:
+    change_config(folder, change)
+    with pytest.raises(ValueError, match=message):
+        checkpoint.validate(folder)
+
+
+def test_missing_and_foreign_files_are_named(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"config\.json is missing"):
+        checkpoint.validate(tmp_path)
+    (folder / checkpoint.ADAPTER_FILE).write_bytes(b"not a tensor")
+    with pytest.raises(ValueError, match="not a safetensors file"):
+        checkpoint.validate(folder)
+    (folder / checkpoint.ADAPTER_FILE).unlink()
+    with pytest.raises(ValueError, match=r"adapter\.safetensors is missing"):
+        checkpoint.validate(folder)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="not JSON"):
+        checkpoint.validate(folder)
+
+
+def test_the_bundled_checkpoint_is_whole_and_small() -> None:
+    folder = bundled.resolve("revmux-llama")
+    config = checkpoint.validate(folder)
+    assert {2, 4} <= set(config.widths)
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 25e6
+    with pytest.raises(ValueError, match="no such folder; bundled are revmux-llama"):
+        bundled.resolve("nothing-here")

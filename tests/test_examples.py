@@ -1,0 +1,115 @@
+"""The examples as they stand, and the parts of the demo that need no server."""
+
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from bursts import Answer, mixed_layer_limit, parse_width_counts
+from demo import Result
+
+from revmux_vllm import layer_limit
+from revmux_vllm.local_server import LocalServer
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+POSITIVE, NEGATIVE = "A warm, funny and beautifully acted film", "The plot makes no sense"
+METRICS = """\
+# HELP revmux:requests_total Requests by the width of the composite they ran in.
+# TYPE revmux:requests_total counter
+revmux:requests_total{engine="0",model_name="revmux-llama",width="4"} 300.0
+revmux:requests_total{engine="1",model_name="revmux-llama",width="4"} 12.0
+revmux:requests_total{engine="0",model_name="revmux-llama",width="1"} 8.0
+# TYPE revmux:requests_created gauge
+revmux:requests_created{engine="0",model_name="revmux-llama",width="4"} 1.7e+09
+# TYPE vllm:request_success_total counter
+vllm:request_success_total{engine="0",model_name="revmux-llama"} 320.0
+"""
+
+
+def user_environment() -> dict[str, str]:
+    """What a user's shell has: conftest.py's single-process engine is for engine tests only."""
+    return {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
+
+
+def run_example(*command: str) -> str:
+    done = subprocess.run(
+        command, env=user_environment(), capture_output=True, text=True, timeout=500
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def line_with(text: str, output: str) -> str:
+    return next(line for line in output.splitlines() if text in line)
+
+
+@pytest.fixture(scope="module")
+def server_url() -> Iterator[str]:
+    with LocalServer("revmux-llama", ["--enforce-eager"], env=user_environment()) as server:
+        server.wait_ready(timeout_s=400)
+        yield server.base_url
+
+
+def test_http_example(server_url: str) -> None:
+    output = run_example(sys.executable, str(EXAMPLES / "classify_http.py"), "--url", server_url)
+    assert line_with(POSITIVE, output).startswith("positive\t")
+    assert line_with(NEGATIVE, output).startswith("negative\t")
+
+
+def test_curl_example(server_url: str) -> None:
+    first, second = run_example(str(EXAMPLES / "classify_curl.sh"), server_url).splitlines()
+    assert '"label":"positive"' in first
+    assert '"label":"negative"' in second
+
+
+def test_offline_example() -> None:
+    output = run_example(sys.executable, str(EXAMPLES / "classify_offline.py"))
+    assert line_with(POSITIVE, output).startswith("positive\t")
+    assert line_with(NEGATIVE, output).startswith("negative\t")
+
+
+def test_sentences_are_many_and_unique() -> None:
+    lines = (EXAMPLES / "sentences.txt").read_text(encoding="utf-8").splitlines()
+    assert len(lines) >= 300
+    assert len(set(lines)) == len(lines)
+    assert all(line == line.strip() != "" for line in lines)
+
+
+def test_width_counts_are_summed_over_engines() -> None:
+    assert parse_width_counts(METRICS) == Counter({4: 312, 1: 8})
+
+
+def test_width_counts_of_a_server_without_the_plugin_are_empty() -> None:
+    assert parse_width_counts("# TYPE x counter\nx_total 1.0\n") == Counter()
+
+
+def test_mixed_limit_of_one_width_is_that_width_s_limit() -> None:
+    assert mixed_layer_limit({4: 7}, 3, 12) == pytest.approx(layer_limit(4, 3, 12))
+    assert mixed_layer_limit({1: 7}, 3, 12) == pytest.approx(1)
+
+
+def test_mixed_limit_adds_costs_and_not_speeds() -> None:
+    # Half of the requests cost 1, half 3/12 + 9/12/2 = 0.625.
+    assert mixed_layer_limit({1: 5, 2: 5}, 3, 12) == pytest.approx(1 / 0.8125)
+
+
+def test_mixed_limit_needs_requests() -> None:
+    with pytest.raises(ValueError, match="no request was counted"):
+        mixed_layer_limit({}, 3, 12)
+
+
+@pytest.mark.parametrize(("label", "shown"), [("positive", "positive"), (None, "1")])
+def test_answer_falls_back_to_the_index(label: str | None, shown: str) -> None:
+    body = {"data": [{"index": 0, "label": label, "probs": [0.2, 0.8], "num_classes": 2}]}
+    assert Answer.from_response(body) == Answer(shown, 0.8)
+
+
+def test_result_compares_medians_and_rounds() -> None:
+    yes, no = Answer("positive", 0.9), Answer("negative", 0.9)
+    result = Result([yes, no], [yes, yes], [200, 400, 300], [100, 100, 150], Counter({4: 6}), 2.3)
+    assert result.ratio == 3
+    assert result.round_ratios == [2, 4, 2]
+    assert result.agreement == 0.5
