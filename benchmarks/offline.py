@@ -47,9 +47,7 @@ CONFIGURATIONS = ((2, 3), (4, 3), (8, 3), (4, 1))  # width N, prefill layers l
 
 def write_shape(root: Path, prefill_layers: int) -> Path:
     """A folder that describes the benchmark's model; its weights are drawn at random."""
-    revmux = RevMuxConfig(
-        widths=(2, 4, 8), prefill_layers=prefill_layers, adapter_hidden_size=768
-    )
+    revmux = RevMuxConfig(widths=(2, 4, 8), prefill_layers=prefill_layers, adapter_hidden_size=768)
     folder = root / f"l{prefill_layers}"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(SHAPE | {"revmux": revmux.to_dict()}))
@@ -68,6 +66,7 @@ class Engine:
         if plain:
             options["hf_overrides"] = {"architectures": ["LlamaForSequenceClassification"]}
             options["kv_cache_memory_bytes"] = 1 << 30
+            options["enable_prefix_caching"] = False  # or repeated rounds are answered from it
         self.llm = LLM(model, distributed_executor_backend="mp", **options)
         self.scheduler = self.llm.llm_engine.engine_core.engine_core.scheduler  # type: ignore[attr-defined]
 
@@ -110,9 +109,12 @@ def main(
             cuts = tuple(dict.fromkeys(cut for _, cut in configurations))
             folders = {cut: write_shape(Path(scratch), cut) for cut in cuts}
             prompts = [[rng.randrange(32_000) for _ in range(tokens)] for _ in range(requests)]
+        plain_model = str(folders[cuts[0]])
+        if model:
+            plain_model = checkpoint.plain_backbone(folder, Path(scratch))
         with Progress(console=console) as progress:
             task = progress.add_task("starting engines", total=None)
-            plain = Engine(str(folders[cuts[0]]), True, not model, dtype)
+            plain = Engine(plain_model, True, not model, dtype)
             engines = {cut: Engine(str(folders[cut]), False, not model, dtype) for cut in cuts}
             contenders: list[Any] = [("plain", plain, None)]
             contenders += [((n, cut), engines[cut], n) for n, cut in configurations]

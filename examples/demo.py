@@ -80,25 +80,6 @@ class Result:
         return sum(a.label == b.label for a, b in pairs) / len(self.answers)
 
 
-def plain_backbone(folder: Path, target: Path) -> str:
-    """The backbone of a checkpoint as vLLM's own class loads it: without adapters beside it.
-
-    vLLM reads every safetensors file of a folder and refuses weights that its class does not know,
-    so ``target`` becomes a folder of links to all the others.
-    """
-    named = checkpoint.backbone_folder(folder)
-    if named != str(folder):
-        return named
-    for path in folder.iterdir():
-        if path.name not in (checkpoint.ADAPTER_FILE, "config.json"):
-            (target / path.name).symlink_to(path.resolve())
-    _, values = checkpoint.read_config(folder)
-    del values["revmux"]
-    values["architectures"] = [name.removeprefix("RevMux") for name in values["architectures"]]
-    (target / "config.json").write_text(json.dumps(values), encoding="utf-8")
-    return str(target)
-
-
 def progress_bar(*columns: ProgressColumn) -> Progress:
     """What is being done, ``columns``, and for how long; on stderr."""
     return Progress(
@@ -219,7 +200,7 @@ def run(texts: list[str], rounds: int, concurrency: int) -> Result:
             stack.enter_context(server)
             for server in (
                 LocalServer(MODEL, [SHARE]),
-                LocalServer(plain_backbone(folder, target), PLAIN_ARGS),
+                LocalServer(checkpoint.plain_backbone(folder, target), PLAIN_ARGS),
             )
         ]
         wait_for(servers)

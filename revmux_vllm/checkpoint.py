@@ -114,6 +114,25 @@ def backbone_folder(folder: str | Path) -> str:
     return str(beside) if beside.is_dir() else config.backbone
 
 
+def plain_backbone(folder: Path, target: Path) -> str:
+    """The backbone of a checkpoint as vLLM's own class loads it: without adapters beside it.
+
+    vLLM reads every safetensors file of a folder and refuses weights that its class does not know,
+    so ``target`` becomes a folder of links to all the others.
+    """
+    named = backbone_folder(folder)
+    if named != str(folder):
+        return named
+    for path in folder.iterdir():
+        if path.name not in (ADAPTER_FILE, "config.json"):
+            (target / path.name).symlink_to(path.resolve())
+    _, values = read_config(folder)
+    del values["revmux"]
+    values["architectures"] = [name.removeprefix("RevMux") for name in values["architectures"]]
+    (target / "config.json").write_text(json.dumps(values), encoding="utf-8")
+    return str(target)
+
+
 def save(
     folder: str | Path,
     ladder: AdapterLadder,

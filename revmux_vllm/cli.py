@@ -154,7 +154,7 @@ def eval_command(
             cut = LlamaBackbone.from_folder(
                 checkpoint.backbone_folder(folder), ladder.config.prefill_layers
             )
-            rows = data.read_tsv(eval, cut.config.num_labels)
+            rows = data.read_tsv(eval, len(cut.config.id2label))
         except ValueError as error:
             _fail(str(error))
         tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -37,7 +37,7 @@ class LocalServer:
     Attributes:
         base_url: ``http://127.0.0.1:<port>``.
         command: what is run.
-        log_path: stdout and stderr of the server; kept when the block ends with an exception.
+        log_path: stdout and stderr of the server; kept when the block ends with an error.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class LocalServer:
         traceback: TracebackType | None,
     ) -> None:
         self.stop()
-        if error is None:
+        if not isinstance(error, Exception):  # Ctrl-C is no error
             self.log_path.unlink(missing_ok=True)
 
     def is_ready(self) -> bool:

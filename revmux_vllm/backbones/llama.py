@@ -6,6 +6,7 @@ mask is needed anywhere, neither for sequences nor for composites of unequal mem
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -56,11 +57,11 @@ class LlamaBackbone(nn.Module):
         return self.score(pooled)
 
 
-def _cut(trunk: nn.Module, start: int, stop: int) -> nn.Module:
+def _cut(trunk: Any, start: int, stop: int) -> Any:
     """``trunk`` with some of its layers only; every module is shared with the original."""
     part = copy.copy(trunk)
     part._modules = dict(trunk._modules)
-    part.layers = nn.ModuleList(trunk.layers[start:stop])  # type: ignore[index]
+    part.layers = nn.ModuleList(trunk.layers[start:stop])
     part.config = copy.copy(trunk.config)
     part.config.num_hidden_layers = stop - start
     return part

@@ -61,7 +61,7 @@ def composite_attention_backend(underlying: type[AttentionBackend]) -> type[Atte
     base: Any = underlying.get_builder_cls()
     assert issubclass(base, AttentionMetadataBuilder)
 
-    class CompositeBuilder(base):  # type: ignore[misc]
+    class CompositeBuilder(base):
         # A cached build could only be reused under another block table, not under another plan.
         supports_update_block_table = False
 
@@ -102,7 +102,7 @@ def enter_upper_layers(layer_names: list[str]) -> MuxLayout | None:
     context = get_forward_context()
     if not isinstance(context.attn_metadata, dict):
         return None
-    metadata = context.attn_metadata.get(layer_names[0])
+    metadata: Any = context.attn_metadata.get(layer_names[0])
     layout = getattr(metadata, "mux_layout", None)
     if layout is None:
         return None

@@ -12,7 +12,7 @@ from revmux_vllm.packing import MuxPlan
 if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as BaseWorker
 else:
-    from vllm.v1.worker.gpu_worker import Worker as BaseWorker  # type: ignore[assignment]
+    from vllm.v1.worker.gpu_worker import Worker as BaseWorker
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,9 @@ def model_card(name: str, config: RevMuxConfig, num_layers: int, report: dict[st
 
 def report_rows(report: dict[str, Any], num_layers: int) -> list[tuple[str, ...]]:
     """The report of ``revmux eval`` as rows under ``COLUMNS``, per cent."""
-    rows = [("backbone", _percent(report["backbone"]["accuracy"]), "100.0", "1.00x")]
+    rows: list[tuple[str, ...]] = [
+        ("backbone", _percent(report["backbone"]["accuracy"]), "100.0", "1.00x")
+    ]
     if early := report.get("early_exit"):
         rows.append(
             (

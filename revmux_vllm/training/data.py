@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ def read_tsv(path: str | Path, num_labels: int) -> LabelledText:
             f"{path}: row 1: expected the columns label and text, or label, text_a and text_b, "
             f"separated by tabs; found {header}"
         )
-    texts, labels = [], []
+    texts: list[Any] = []
+    labels: list[int] = []
     for number, line in enumerate(lines[1:], 2):
         fields = line.split("\t")
         if len(fields) != len(header):

@@ -83,11 +83,7 @@ def test_width_one_is_the_stock_model(
 ) -> None:
     """Same weights in vLLM's own LlamaForSequenceClassification, same batches."""
     ours = make_engine(tiny_checkpoint, additional_config={"revmux": {"max_width": 1}})
-    stock = make_engine(
-        tiny_checkpoint,
-        hf_overrides={"architectures": ["LlamaForSequenceClassification"]},
-        enable_prefix_caching=False,
-    )
+    stock = make_engine(tiny_checkpoint.parent / "backbone", enable_prefix_caching=False)
     for seed, count in BATCHES:
         prompts = random_prompts(seed, count)
         probs, groups = ours.classify(prompts)

@@ -169,7 +169,10 @@ def test_bad_input_is_refused_and_hurts_nobody(server: LocalServer, folder: Path
             "unknown model": {"json": {"model": "nobody", "input": "w5"}},
             "token out of range": {"json": body([VOCAB_SIZE + 9])},
             "not JSON": {"content": b"{", "headers": as_json},
-            "not UTF-8": {"content": b'{"model": "known", "input": "\xff\xfe"}', "headers": as_json},
+            "not UTF-8": {
+                "content": b'{"model": "known", "input": "\xff\xfe"}',
+                "headers": as_json,
+            },
         }
         for name, request in requests.items():
             seen[name] = await client.post("/classify", **request)

@@ -6,7 +6,7 @@ PyTorch over the indices of the step's ``MuxLayout``.
 """
 
 from collections.abc import Iterable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -97,9 +97,9 @@ class RevMuxLlamaForSequenceClassification(nn.Module, SupportsQuant):
             self.lower = LowerTrunk(vllm_config=vllm_config, prefix="model", num_layers=cut)
         with set_model_tag("revmux_upper"):
             self.upper = UpperTrunk(vllm_config=vllm_config, prefix="model", first_layer=cut)
-        self.upper_layer_names = []
+        self.upper_layer_names: list[str] = []
         for layer in self.upper.layers.values():
-            attention = layer.self_attn.attn
+            attention: Any = layer.get_submodule("self_attn.attn")
             attention.attn_backend = composite_attention_backend(attention.attn_backend)
             self.upper_layer_names.append(attention.layer_name)
         device = torch.empty(0).device
