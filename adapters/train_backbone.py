@@ -135,6 +135,7 @@ def shrink_tokenizer(
     kept.sort(key=lambda item: (item[1] not in special, item[1]))
     new_id = {token: i for i, (token, _) in enumerate(kept)}
     spec["model"]["vocab"] = new_id
+    spec["truncation"] = spec["padding"] = None  # a tokenizer remembers what it was last used for
     for added in spec["added_tokens"]:
         added["id"] = new_id[added["content"]]
     for token in spec["post_processor"]["special_tokens"].values():
@@ -151,8 +152,6 @@ def shrink_tokenizer(
         model_max_length=512,
         padding_side="right",
     )
-    small.backend_tokenizer.no_truncation()
-    small.backend_tokenizer.no_padding()
     return small, [old for _, old in kept]
 
 
@@ -196,6 +195,7 @@ def student(
     big = AutoModelForSequenceClassification.from_pretrained(teacher).eval()
     train = read_rows(data / "train.tsv", big_tokenizer)
     tokenizer, old_ids = shrink_tokenizer(big_tokenizer, train, num_tokens)
+    tokenizer.save_pretrained(output)  # before it is used, for the same reason
 
     judge = Trainer(
         model=big,
@@ -243,7 +243,6 @@ def student(
     trainer.train()
     print(trainer.evaluate())
     model.to(torch.bfloat16).save_pretrained(output)
-    tokenizer.save_pretrained(output)
 
 
 if __name__ == "__main__":

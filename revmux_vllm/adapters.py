@@ -6,7 +6,8 @@ runs on a padded batch in training and on vLLM's flat batch in the engine.
 
 Beyond the paper (docs/architecture.md has the reasons): one down-projection per stream instead of
 a shared one, normalised rows before it and a learned scale after it, and a skip connection from
-what the prefill layers already know of a member into its own output.
+what the prefill layers already know of a member into its own output. While training, half of the
+members go without that skip: with it always there, wide composites were ignored.
 """
 
 from collections.abc import Iterable
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 
 from revmux_vllm.config import RevMuxConfig
 from revmux_vllm.coupling import ReversibleCoupling
+
+SKIP_DROPOUT = 0.5
 
 
 class RevMuxAdapter(nn.Module):
@@ -85,7 +88,10 @@ class RevMuxAdapter(nn.Module):
         """
         streams = self.coupling.inverse(rows.unflatten(-1, (self.width, -1)))  # (M, N, S)
         own = streams[torch.arange(len(stream), device=stream.device), stream]  # (M, S)
-        return self.up(torch.cat([own, self.skip_norm(skip).flatten(-2)], dim=-1))
+        skip = self.skip_norm(skip).flatten(-2)  # (M, 2D)
+        if self.training:
+            skip = skip * (torch.rand(len(skip), 1, device=skip.device) >= SKIP_DROPOUT)
+        return self.up(torch.cat([own, skip], dim=-1))
 
 
 class AdapterLadder(nn.Module):

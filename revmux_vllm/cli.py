@@ -35,7 +35,10 @@ def train(
         int | None,
         typer.Option(help="Layers that every sequence runs by itself. Default: a quarter."),
     ] = None,
-    epochs: Annotated[float, typer.Option(help="Passes over the training rows.")] = 4.0,
+    epochs: Annotated[float, typer.Option(help="Passes over rows and copies.")] = 2.0,
+    augment: Annotated[
+        float, typer.Option(help="Spliced, unlabelled copies per row, distilled from the backbone.")
+    ] = 1.0,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate (cosine).")] = 1e-3,
     batch_size: Annotated[int, typer.Option(help="Sequences per step.")] = 64,
     max_tokens: Annotated[int, typer.Option(help="Longer texts are cut.")] = 256,
@@ -87,6 +90,7 @@ def train(
         )
         config.check_backbone(hf_config.hidden_size, layers)
         train_rows = data.read_tsv(train, hf_config.num_labels)
+        train_rows = data.with_spliced_copies(train_rows, augment, seed)
         eval_rows = data.read_tsv(eval, hf_config.num_labels) if eval else None
         if batch_size % ladder_widths[-1] or len(train_rows.labels) < batch_size:
             raise ValueError(
@@ -154,7 +158,7 @@ def eval_command(
             cut = LlamaBackbone.from_folder(
                 checkpoint.backbone_folder(folder), ladder.config.prefill_layers
             )
-            rows = data.read_tsv(eval, len(cut.config.id2label))
+            rows = data.read_tsv(eval, cut.num_labels)
         except ValueError as error:
             _fail(str(error))
         tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -40,6 +40,11 @@ class LlamaBackbone(nn.Module):
         model = LlamaForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
         return cls(model, prefill_layers)
 
+    @property
+    def num_labels(self) -> int:
+        """Classes of the head."""
+        return int(self.score.out_features)
+
     def train(self, mode: bool = True) -> "LlamaBackbone":
         """Stays in eval mode: a frozen backbone has no dropout."""
         return super().train(False)

@@ -1,8 +1,11 @@
 """Labelled text from a TSV file. Every error names the file, the row and the cure."""
 
+import random
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from revmux_vllm.training.losses import UNLABELLED
 
 
 @dataclass(frozen=True)
@@ -64,3 +67,27 @@ def read_tsv(path: str | Path, num_labels: int) -> LabelledText:
     if len(set(labels)) < 2:
         raise ValueError(f"{path}: expected at least two classes, found labels {set(labels)}")
     return LabelledText(texts, labels)
+
+
+def with_spliced_copies(data: LabelledText, copies: float, seed: int) -> LabelledText:
+    """``data`` and, behind it, unlabelled texts made of it, ``copies`` for every row.
+
+    The head of one row is joined to the tail of another and a tenth of the words is dropped. A
+    backbone knows its training rows by heart; on these it is as unsure as on new text, and that is
+    what adapters have to learn to reproduce. Of a pair the second text is spliced.
+    """
+    rng = random.Random(seed)
+    texts: list[Any] = list(data.texts)
+    for i in range(int(copies * len(data.texts))):
+        row, other = data.texts[i % len(data.texts)], rng.choice(data.texts)
+        if isinstance(row, tuple):
+            texts.append((row[0], _splice(row[1], other[1], rng)))
+        else:
+            texts.append(_splice(row, str(other), rng))
+    return LabelledText(texts, data.labels + [UNLABELLED] * (len(texts) - len(data.labels)))
+
+
+def _splice(text: str, other: str, rng: random.Random) -> str:
+    head, tail = text.split(), other.split()
+    words = head[: rng.randint(0, len(head))] + tail[rng.randint(0, len(tail)) :]
+    return " ".join(word for word in words if rng.random() >= 0.1) or text

@@ -4,18 +4,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+UNLABELLED = -1
+
 
 def answer_loss(logits: Tensor, labels: Tensor, teacher_logits: Tensor) -> Tensor:
-    """Cross-entropy, half on the labels and half on the backbone's own distribution.
+    """Cross-entropy, half on the label and half on the backbone's own distribution.
 
     Args:
         logits: (B, C).
-        labels: (B,) int64.
+        labels: (B,) int64; a row that is ``UNLABELLED`` learns from the backbone alone.
         teacher_logits: (B, C), of the same rows run alone.
     """
-    return 0.5 * F.cross_entropy(logits, labels) + 0.5 * F.cross_entropy(
-        logits, teacher_logits.softmax(-1)
-    )
+    target = teacher_logits.softmax(-1)
+    labelled = (labels != UNLABELLED).unsqueeze(-1)
+    one_hot = F.one_hot(labels.clamp(min=0), logits.shape[-1]).to(target.dtype)
+    return F.cross_entropy(logits, torch.where(labelled, 0.5 * (one_hot + target), target))
 
 
 def vector_loss(vectors: Tensor, teacher_vectors: Tensor) -> Tensor:
