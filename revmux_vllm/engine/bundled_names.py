@@ -1,57 +1,57 @@
-"""``revmux-llama`` means the bundled folder, from any working directory.
+"""``revmux-llama`` means the bundled folder, from any working directory, online and offline.
 
-vLLM's own model redirection (``VLLM_MODEL_REDIRECT_PATH``, read in config/model.py after the served
-name is taken) does it. One patch is needed beside it: with ``HF_HUB_OFFLINE=1`` vLLM 0.32 looks
-every name up in the hub cache (``EngineArgs.__post_init__``) before it redirects, and fails.
+vLLM has a redirection of names (``VLLM_MODEL_REDIRECT_PATH``), but 0.32 asks the hub for a name
+twice before it reads that: in ``EngineArgs.__post_init__`` with ``HF_HUB_OFFLINE=1``, and in
+``create_engine_config`` always (engine/arg_utils.py). A name that is no repository fails there, so
+both places are wrapped, the only patches in the project. tests/engine/test_bundled_names.py
+expires them.
 """
 
+import functools
 import inspect
-import json
-import os
-import tempfile
-import zlib
 from pathlib import Path
 from typing import Any
 
 from revmux_vllm.bundled import bundled_checkpoints
 
 
-def redirect_bundled_names() -> None:
-    """Point vLLM's redirection at the bundled folders, unless the user redirects himself.
+def resolve_bundled_names() -> None:
+    """Let ``EngineArgs`` replace a bundled name by its folder. Idempotent.
 
-    A folder of that name in the working directory wins, so it is left out.
-    """
-    if os.environ.get("VLLM_MODEL_REDIRECT_PATH"):
-        return
-    names = {name: str(path) for name, path in bundled_checkpoints().items()}
-    text = json.dumps({name: path for name, path in names.items() if not Path(name).is_dir()})
-    folder = Path(tempfile.gettempdir()) / f"revmux-vllm-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    if folder.stat().st_uid != os.getuid():
-        raise PermissionError(f"{folder} belongs to another user")
-    target = folder / f"models-{zlib.crc32(text.encode()):08x}.json"
-    partial = folder / f"{target.name}.{os.getpid()}"
-    partial.write_text(text)
-    partial.replace(target)
-    os.environ["VLLM_MODEL_REDIRECT_PATH"] = str(target)
-
-
-def keep_bundled_names_offline() -> None:
-    """Let vLLM's offline look-up pass bundled names on to the redirection. Idempotent.
+    The name stays the served one. A folder of that name in the working directory wins.
 
     Raises:
-        RuntimeError: if vLLM's function is not the one this was written for.
+        RuntimeError: if vLLM's functions are not those that this was written for.
     """
     from vllm.engine import arg_utils
 
-    original = arg_utils.get_model_path
-    if getattr(original, "_revmux", False):
+    look_up, configure = arg_utils.get_model_path, arg_utils.EngineArgs.create_engine_config
+    if hasattr(look_up, "__wrapped__"):
         return
-    if list(inspect.signature(original).parameters) != ["model", "revision"]:
+    if list(inspect.signature(look_up).parameters) != ["model", "revision"]:
         raise RuntimeError("vllm.engine.arg_utils.get_model_path has changed")
+    if next(iter(inspect.signature(configure).parameters)) != "self":
+        raise RuntimeError("vllm.engine.arg_utils.EngineArgs.create_engine_config has changed")
 
+    @functools.wraps(look_up)
     def get_model_path(model: Any, revision: str | None = None) -> Any:
-        return model if str(model) in bundled_checkpoints() else original(model, revision)
+        return model if folder_of(model) else look_up(model, revision)
 
-    get_model_path._revmux = True  # type: ignore[attr-defined]
+    @functools.wraps(configure)
+    def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if folder := folder_of(self.model):
+            self.served_model_name = self.served_model_name or self.model
+            self.model = folder
+        self.tokenizer = folder_of(self.tokenizer) or self.tokenizer
+        return configure(self, *args, **kwargs)
+
     arg_utils.get_model_path = get_model_path
+    arg_utils.EngineArgs.create_engine_config = create_engine_config
+
+
+def folder_of(name: Any) -> str | None:
+    """The bundled folder that ``name`` means; None for any other name, path or None."""
+    if not isinstance(name, str | Path) or Path(name).is_dir():
+        return None
+    folder = bundled_checkpoints().get(str(name))
+    return None if folder is None else str(folder)

@@ -21,17 +21,13 @@ def register() -> None:
         from vllm.model_executor.models import ModelRegistry
         from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
-        from revmux_vllm.engine.bundled_names import (
-            keep_bundled_names_offline,
-            redirect_bundled_names,
-        )
+        from revmux_vllm.engine.bundled_names import resolve_bundled_names
         from revmux_vllm.engine.model_config import RevMuxModelConfig
 
         for architecture, path in MODELS.items():
             ModelRegistry.register_model(architecture, path)
             MODELS_CONFIG_MAP[architecture] = RevMuxModelConfig
-        redirect_bundled_names()
-        keep_bundled_names_offline()
+        resolve_bundled_names()
     except Exception:
         init_logger("vllm.revmux").exception(
             "revmux-vllm could not register itself and is inactive; other models are not "

@@ -1,5 +1,6 @@
 """``revmux-llama`` from any directory, online and offline, unless a folder has that name."""
 
+import inspect
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from revmux_vllm import bundled
+from revmux_vllm.engine import plugin
 
 SHOW = """
 import json
@@ -21,11 +23,10 @@ print("RESULT", json.dumps([str(config.model), str(config.tokenizer), config.ser
 
 def resolved(cwd: Path, **environment: str) -> list[str]:
     """Model folder, tokenizer folder and served name that vLLM arrives at, in a new process."""
-    env = {k: v for k, v in os.environ.items() if k != "VLLM_MODEL_REDIRECT_PATH"}
     done = subprocess.run(
         [sys.executable, "-c", SHOW],
         cwd=cwd,
-        env=env | environment,
+        env=os.environ | environment,
         capture_output=True,
         text=True,
         timeout=300,
@@ -47,8 +48,12 @@ def test_a_folder_of_that_name_wins(tmp_path: Path, tiny_checkpoint: Path) -> No
     assert model == "revmux-llama"
 
 
-def test_a_redirection_of_the_users_own_is_kept(tmp_path: Path, tiny_checkpoint: Path) -> None:
-    own = tmp_path / "own.json"
-    own.write_text(json.dumps({"revmux-llama": str(tiny_checkpoint)}))
-    model, *_ = resolved(tmp_path, HF_HUB_OFFLINE="1", VLLM_MODEL_REDIRECT_PATH=str(own))
-    assert model == str(tiny_checkpoint)
+def test_both_patches_are_still_needed() -> None:
+    """When this fails, vLLM redirects names in time: use VLLM_MODEL_REDIRECT_PATH instead."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    plugin.register()
+    source = inspect.getsource(inspect.unwrap(EngineArgs.create_engine_config))
+    assert "maybe_model_redirect" not in source
+    assert source.index("maybe_override_with_speculators(") < source.index("create_model_config(")
+    assert "maybe_model_redirect" not in inspect.getsource(EngineArgs.__post_init__)

@@ -112,7 +112,7 @@ def test_a_failing_registration_stops_nothing(monkeypatch: pytest.MonkeyPatch) -
     def broken() -> None:
         raise RuntimeError("upstream has changed")
 
-    monkeypatch.setattr("revmux_vllm.engine.bundled_names.redirect_bundled_names", broken)
+    monkeypatch.setattr("revmux_vllm.engine.bundled_names.resolve_bundled_names", broken)
     plugin.register()
 
 
