@@ -85,7 +85,7 @@ class Engine:
 def main(
     model: Annotated[str, typer.Option(help="Checkpoint in place of random weights.")] = "",
     texts: Annotated[Path | None, typer.Option(help="Its prompts, one a line.")] = None,
-    requests: Annotated[int, typer.Option(help="Prompts per round.")] = 256,
+    requests: Annotated[int, typer.Option(help="Prompts per round.")] = 128,
     tokens: Annotated[int, typer.Option(help="Tokens per random prompt.")] = 64,
     rounds: Annotated[int, typer.Option(help="Rounds after one warm-up.")] = 5,
     dtype: Annotated[str, typer.Option(help="Engine dtype.")] = "float32",
@@ -93,7 +93,8 @@ def main(
 ) -> None:
     """Measure the ratio of every configuration to plain vLLM."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ["VLLM_LOGGING_STREAM"] = "ext://sys.stderr"  # standard output is the report's
     console = Console(stderr=True)
     rng = random.Random(0)
     with tempfile.TemporaryDirectory() as scratch:

@@ -6,8 +6,7 @@ runs on a padded batch in training and on vLLM's flat batch in the engine.
 
 Beyond the paper (docs/architecture.md has the reasons): one down-projection per stream instead of
 a shared one, normalised rows before it and a learned scale after it, and a skip connection from
-what the prefill layers already know of a member into its own output. While training, half of the
-members go without that skip: with it always there, wide composites were ignored.
+what the prefill layers already know of a member into its own output.
 """
 
 from collections.abc import Iterable
@@ -18,8 +17,6 @@ from torch import Tensor, nn
 from revmux_vllm.config import RevMuxConfig
 from revmux_vllm.coupling import ReversibleCoupling
 
-SKIP_DROPOUT = 0.5
-
 
 class RevMuxAdapter(nn.Module):
     """Adapter of one width: N sequences in, one composite, N vectors out (paper section 3).
@@ -28,7 +25,13 @@ class RevMuxAdapter(nn.Module):
         width: streams N; must divide ``hidden_size``.
         hidden_size: D of the backbone.
         adapter_hidden_size: width of the up-projection's inner layers.
+
+    Attributes:
+        skip_dropout: share of members that go without their skip while training. With it always
+            there, wide composites come to be ignored.
     """
+
+    skip_dropout = 0.0
 
     def __init__(self, width: int, hidden_size: int, adapter_hidden_size: int) -> None:
         super().__init__()
@@ -89,8 +92,8 @@ class RevMuxAdapter(nn.Module):
         streams = self.coupling.inverse(rows.unflatten(-1, (self.width, -1)))  # (M, N, S)
         own = streams[torch.arange(len(stream), device=stream.device), stream]  # (M, S)
         skip = self.skip_norm(skip).flatten(-2)  # (M, 2D)
-        if self.training:
-            skip = skip * (torch.rand(len(skip), 1, device=skip.device) >= SKIP_DROPOUT)
+        if self.training and self.skip_dropout:
+            skip = skip * (torch.rand(len(skip), 1, device=skip.device) >= self.skip_dropout)
         return self.up(torch.cat([own, skip], dim=-1))
 
 

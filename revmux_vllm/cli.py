@@ -43,6 +43,9 @@ def train(
     batch_size: Annotated[int, typer.Option(help="Sequences per step.")] = 64,
     max_tokens: Annotated[int, typer.Option(help="Longer texts are cut.")] = 256,
     adapter_hidden_size: Annotated[int, typer.Option(help="Inner width of the adapters.")] = 256,
+    skip_dropout: Annotated[
+        float, typer.Option(help="Share of members that train without their skip connection.")
+    ] = 0.5,
     bundle_backbone: Annotated[
         bool, typer.Option(help="Copy the backbone into the folder instead of naming it.")
     ] = False,
@@ -114,6 +117,7 @@ def train(
         epochs=epochs,
         learning_rate=learning_rate,
         batch_size=batch_size,
+        skip_dropout=skip_dropout,
         seed=seed,
     )
     dtype = getattr(torch, store_dtype)

@@ -79,6 +79,7 @@ def train(
     epochs: float,
     learning_rate: float,
     batch_size: int,
+    skip_dropout: float,
     seed: int,
 ) -> None:
     """Train ``ladder`` and ``early`` in place; the backbone stays as it is.
@@ -86,6 +87,8 @@ def train(
     Batches hold rows of similar length, as the packing serves them; the lengths that they are
     sorted by are blurred, so that unequal partners are met as well.
     """
+    for _, adapter in ladder.items():
+        adapter.skip_dropout = skip_dropout
     noise = torch.empty(len(features)).uniform_(0.7, 1.4)
     rows = Dataset.from_dict(
         {
