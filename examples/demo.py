@@ -33,6 +33,7 @@ from rich.table import Table
 
 from revmux_vllm import checkpoint
 from revmux_vllm.bundled import resolve
+from revmux_vllm.engine.bundled_names import native_dtype
 from revmux_vllm.local_server import LocalServer, ServerError
 
 MODEL, PLAIN = "revmux-llama", "plain"
@@ -200,7 +201,10 @@ def run(texts: list[str], rounds: int, concurrency: int) -> Result:
             stack.enter_context(server)
             for server in (
                 LocalServer(MODEL, [SHARE]),
-                LocalServer(checkpoint.plain_backbone(folder, target), PLAIN_ARGS),
+                LocalServer(
+                    checkpoint.plain_backbone(folder, target),
+                    [*PLAIN_ARGS, f"--dtype={native_dtype()}"],
+                ),
             )
         ]
         wait_for(servers)

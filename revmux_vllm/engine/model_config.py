@@ -15,6 +15,7 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.utils.math_utils import cdiv
 
 from revmux_vllm import checkpoint
+from revmux_vllm.engine.bundled_names import native_dtype
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -46,6 +47,12 @@ class RevMuxModelConfig(VerifyAndUpdateConfig):
 
         vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
         _size_kv_cache(vllm_config)
+        if vllm_config.model_config.dtype.itemsize == 2 and native_dtype() == "float32":
+            logger.warning(
+                "RevMUX: this CPU has no bfloat16 instructions and emulates %s, several times "
+                "slower; --dtype float32 is the cure",
+                vllm_config.model_config.dtype,
+            )
 
 
 def _refuse_impossible_options(vllm_config: "VllmConfig") -> None:

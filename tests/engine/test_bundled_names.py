@@ -18,6 +18,7 @@ import json
 from vllm.engine.arg_utils import EngineArgs
 config = EngineArgs(model="revmux-llama").create_engine_config().model_config
 print("RESULT", json.dumps([str(config.model), str(config.tokenizer), config.served_model_name]))
+print("DTYPE", config.dtype)
 """
 
 
