@@ -17,10 +17,9 @@ from revmux_vllm.reference import classify
 
 BATCHES = [(0, 1), (1, 5), (2, 64), (3, 31), (4, 64), (5, 2)]  # seed, requests
 FLOAT32_TOLERANCE = 1e-4
-# bfloat16 keeps 8 bits: each of the 4 layers and the adapters rounds by 2^-9 relative, and these
-# random weights amplify it; both sides are compared with the float32 reference. The median over a
-# batch is held tight, so that one wrong answer among right ones still fails the mean bound.
-BFLOAT16_MEAN_TOLERANCE = 0.05
+# The reference itself, computed in bfloat16, differs from float32 by up to 0.05 on these batches;
+# the engine's kernels round elsewhere. Wrong company changes a probability by 0.3 on average.
+BFLOAT16_TOLERANCE = 0.15
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +74,7 @@ def test_bfloat16(
         prompts = random_prompts(seed, count)
         probs, groups = engine.classify(prompts)
         difference = (probs - reference(prompts, groups)).abs()
-        assert difference.mean().item() <= BFLOAT16_MEAN_TOLERANCE, (seed, count)
+        assert difference.max().item() <= BFLOAT16_TOLERANCE, (seed, count)
 
 
 def test_width_one_is_the_stock_model(
