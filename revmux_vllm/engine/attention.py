@@ -33,15 +33,14 @@ def composite_metadata(
 ) -> CommonAttentionMetadata:
     """``common`` with the composites in place of the batch's sequences."""
     device = common.query_start_loc.device
-    starts = torch.zeros(len(layout.lengths) + 1, dtype=common.query_start_loc.dtype)
-    torch.cumsum(layout.lengths.cpu(), 0, out=starts[1:])
-    lengths = layout.lengths.to(common.seq_lens.dtype)
+    starts = layout.starts.to(common.query_start_loc.dtype)
+    lengths = starts.diff().to(common.seq_lens.dtype)
     longest = int(lengths.max())
     return common.replace(
         query_start_loc=starts.to(device, non_blocking=True),
         query_start_loc_cpu=starts,
-        seq_lens=lengths,
-        seq_lens_cpu_upper_bound=lengths.cpu(),
+        seq_lens=lengths.to(device, non_blocking=True),
+        seq_lens_cpu_upper_bound=lengths,
         num_reqs=len(lengths),
         num_actual_tokens=layout.num_rows,
         max_query_len=longest,

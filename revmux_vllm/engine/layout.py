@@ -46,7 +46,7 @@ class MuxLayout:
         positions: (U,) position of every upper row in its composite.
         carriers: (G,) batch row of each composite's carrier, in upper order.
         carrier_rows: (U,) the carrier's token row for every upper row.
-        lengths: (G,) rows of each composite.
+        starts: (G + 1,) first upper row of every composite, and U; on the CPU.
         sequence_of_token: (num_tokens,) batch row of every token.
         sequence_lengths: (B,) tokens of every sequence.
         last_token: (B,) token row of every sequence's last token.
@@ -57,7 +57,7 @@ class MuxLayout:
     positions: Tensor
     carriers: Tensor
     carrier_rows: Tensor
-    lengths: Tensor
+    starts: Tensor
     sequence_of_token: Tensor
     sequence_lengths: Tensor
     last_token: Tensor
@@ -128,7 +128,7 @@ def make_layout(
         positions=tensor(positions),
         carriers=tensor(carriers),
         carrier_rows=tensor(carrier_rows),
-        lengths=tensor(rows_of),
+        starts=torch.from_numpy(upper_starts),
         sequence_of_token=tensor(np.repeat(np.arange(len(lengths)), lengths)),
         sequence_lengths=tensor(lengths),
         last_token=tensor(starts[1:] - 1),

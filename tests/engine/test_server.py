@@ -18,8 +18,8 @@ import aiohttp
 import httpx
 import pytest
 import torch
+from bursts import parse_width_counts
 from conftest import VOCAB_SIZE, word_tokenizer
-from prometheus_client.parser import text_string_to_metric_families
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from revmux_vllm import checkpoint
@@ -131,14 +131,8 @@ def wrong(known: Known, answers: list[str], indices: list[int]) -> list[int]:
     return [i for i, a in zip(indices, answers, strict=True) if a not in known.labels[i]]
 
 
-def requests_by_width(server: LocalServer) -> Counter[str]:
-    text = httpx.get(f"{server.base_url}/metrics").text
-    counts: Counter[str] = Counter()
-    for family in text_string_to_metric_families(text):
-        for sample in family.samples:
-            if sample.name == "revmux:requests_total":
-                counts[sample.labels["width"]] += int(sample.value)
-    return counts
+def requests_by_width(server: LocalServer) -> Counter[int]:
+    return parse_width_counts(httpx.get(f"{server.base_url}/metrics").text)
 
 
 def test_each_of_2000_concurrent_requests_gets_its_own_answer(
@@ -152,7 +146,7 @@ def test_each_of_2000_concurrent_requests_gets_its_own_answer(
     assert wrong(known, answers, list(range(2000))) == []
     ran = requests_by_width(server) - before
     assert sum(ran.values()) == 2000
-    assert ran["4"] > 100, ran
+    assert ran[4] > 100, ran
     assert "vllm:num_requests_running" in httpx.get(f"{server.base_url}/metrics").text
 
 
