@@ -2,6 +2,7 @@
 
     config.json           the backbone's config, our architecture, and the ``revmux`` object
     adapter.safetensors   the adapters' weights alone, every key under ``revmux.``
+    report.json           what was measured, if anything was (``revmux eval --json``)
     model.safetensors     the backbone, unless ``revmux.backbone`` names where it is
     tokenizer files, README.md (the model card)
 
@@ -23,7 +24,16 @@ from revmux_vllm.config import RevMuxConfig
 
 ADAPTER_FILE = "adapter.safetensors"
 KEY_PREFIX = "revmux."
-ARCHITECTURES = {"llama": "RevMuxLlamaForSequenceClassification"}
+REPORT_FILE = "report.json"
+ARCHITECTURES = {
+    "bert": "RevMuxBertForSequenceClassification",
+    "roberta": "RevMuxRobertaForSequenceClassification",
+    "llama": "RevMuxLlamaForSequenceClassification",
+    "mistral": "RevMuxMistralForSequenceClassification",
+    "qwen2": "RevMuxQwen2ForSequenceClassification",
+    "qwen3": "RevMuxQwen3ForSequenceClassification",
+    "t5": "RevMuxT5ForSequenceClassification",
+}
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 BACKBONE_FILES = ("model*.safetensors", "model.safetensors.index.json", "tokenizer*", "*.txt")
 
@@ -45,10 +55,23 @@ def read_config(folder: str | Path) -> tuple[RevMuxConfig, dict[str, Any]]:
         raise ValueError(f"{path}: revmux: missing; is this a plain backbone? `revmux train` it")
     try:
         config = RevMuxConfig.from_dict(values["revmux"])
-        config.check_backbone(values["hidden_size"], values["num_hidden_layers"])
+        config.check_backbone(*backbone_shape(values))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return config, values
+
+
+def backbone_shape(values: dict[str, Any]) -> tuple[int, int]:
+    """Hidden size and layers of a ``config.json``; T5 has names of its own for them."""
+    if "d_model" in values:
+        return int(values["d_model"]), int(values["num_layers"])
+    return int(values["hidden_size"]), int(values["num_hidden_layers"])
+
+
+def read_report(folder: str | Path) -> dict[str, Any]:
+    """What was measured when the checkpoint was made; empty if nothing was."""
+    path = Path(folder) / REPORT_FILE
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def validate(folder: str | Path) -> RevMuxConfig:
@@ -60,7 +83,7 @@ def validate(folder: str | Path) -> RevMuxConfig:
     folder = Path(folder)
     config, values = read_config(folder)
     with torch.device("meta"):
-        expected = AdapterLadder(config, values["hidden_size"]).state_dict()
+        expected = AdapterLadder(config, backbone_shape(values)[0]).state_dict()
     path = folder / ADAPTER_FILE
     if not path.is_file():
         raise ValueError(f"{folder}: {ADAPTER_FILE} is missing")
@@ -96,7 +119,7 @@ def load_adapters(folder: str | Path, dtype: torch.dtype | None = None) -> Adapt
     _, values = read_config(folder)
     tensors = load_file(Path(folder) / ADAPTER_FILE)
     with torch.device("meta"):
-        ladder = AdapterLadder(config, values["hidden_size"])
+        ladder = AdapterLadder(config, backbone_shape(values)[0])
     state = {
         key.removeprefix(KEY_PREFIX): tensor.to(dtype) if dtype else tensor
         for key, tensor in tensors.items()
@@ -139,6 +162,7 @@ def save(
     backbone: str | Path,
     card: str,
     *,
+    report: dict[str, Any] | None = None,
     bundle_backbone: bool = False,
     dtype: torch.dtype | None = None,
 ) -> None:
@@ -149,6 +173,7 @@ def save(
         ladder: the adapters.
         backbone: folder or hub id of the frozen classifier.
         card: text of the model card.
+        report: what was measured, as ``revmux eval --json`` prints it.
         bundle_backbone: copy the backbone's weights into the folder (``backbone`` must be a
             folder); otherwise the checkpoint names it.
         dtype: store the adapters in this dtype; default as they are.
@@ -175,7 +200,7 @@ def save(
             named = str(Path(backbone).resolve())
         AutoTokenizer.from_pretrained(backbone).save_pretrained(folder)
     config = replace(ladder.config, backbone=named)
-    config.check_backbone(values["hidden_size"], values["num_hidden_layers"])
+    config.check_backbone(*backbone_shape(values))
     values["architectures"] = [architecture]
     values["revmux"] = config.to_dict()
     values.pop("_name_or_path", None)
@@ -186,5 +211,15 @@ def save(
     partial = folder / (ADAPTER_FILE + ".partial")
     save_file(tensors, partial, metadata={"format": "pt"})
     partial.replace(folder / ADAPTER_FILE)
-    (folder / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    _write(folder / "config.json", json.dumps(values, indent=2, sort_keys=True) + "\n")
+    _write(folder / "README.md", card)
+    if report:
+        _write(folder / REPORT_FILE, json.dumps(report, indent=1) + "\n")
+    else:
+        (folder / REPORT_FILE).unlink(missing_ok=True)
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)

@@ -1,7 +1,8 @@
 """The ``revmux`` command. Heavy imports wait until a command runs, so ``--help`` is quick."""
 
 import json
-from contextlib import redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from sys import stderr
 from typing import Annotated, Any, NoReturn
@@ -16,175 +17,283 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     help="Adapters that let vLLM classify several requests in one pass.\n\n"
     "`revmux train` makes a checkpoint folder from a frozen classifier, `revmux eval` measures it, "
-    "`vllm serve FOLDER` serves it.",
+    "`revmux inspect` tells what it is, `vllm serve FOLDER` serves it.",
 )
+
+ROWS = "File (.tsv, .csv, .jsonl, .parquet) or hub data set (NAME:SPLIT, NAME:CONFIG:SPLIT)"
+RESUME = "An unfinished training keeps its last checkpoint: --resume continues it"
+TextColumns = Annotated[
+    str | None,
+    typer.Option(help="Column of the text, or two for pairs: `premise,hypothesis`. Default: the "
+                 "usual names."),
+]  # fmt: skip
+LabelColumn = Annotated[str | None, typer.Option(help="Column of the label. Default: `label`.")]
+MaxTokens = Annotated[int, typer.Option(help="Longer texts are cut.")]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
+Folder = Annotated[Path, typer.Argument(help="Checkpoint folder, or a bundled name.")]
 
 
 @app.command()
 def train(
     backbone: Annotated[
-        Path, typer.Option(help="Folder of a transformers LlamaForSequenceClassification.")
+        str,
+        typer.Option(
+            help="Folder or hub id of a frozen classifier: BERT, RoBERTa, LLaMA, Mistral, "
+            "Qwen2 or Qwen3; T5 and causal LMs with --label-words."
+        ),
     ],
-    train: Annotated[Path, typer.Option(help="TSV: label, text (or text_a, text_b).")],
+    train: Annotated[str, typer.Option(help=f"{ROWS}; labels are optional.")],
     output: Annotated[Path, typer.Option(help="Checkpoint folder to write.")],
     eval: Annotated[
-        Path | None, typer.Option(help="TSV to measure the result on; never trained on.")
+        str | None, typer.Option(help="Rows to measure the result on; never trained on.")
     ] = None,
-    widths: Annotated[str, typer.Option(help="Streams per composite, comma-separated.")] = "2,4",
+    text_columns: TextColumns = None,
+    label_column: LabelColumn = None,
+    label_words: Annotated[
+        str | None,
+        typer.Option(
+            help="`negative,positive`: the words, one token each and in the order of the "
+            "labels, by whose LM-head scores a language model answers."
+        ),
+    ] = None,
+    widths: Annotated[
+        str, typer.Option(help="Streams per composite; all are trained together.")
+    ] = "2,4,8",
     prefill_layers: Annotated[
         int | None,
-        typer.Option(help="Layers that every sequence runs by itself. Default: a quarter."),
+        typer.Option(
+            help="Layers that every sequence runs by itself: more are surer and slower. "
+            "Default: a quarter."
+        ),
     ] = None,
-    epochs: Annotated[float, typer.Option(help="Passes over rows and copies.")] = 2.0,
+    adapter_type: Annotated[
+        str, typer.Option(help="`revmux`, or for comparison `ora` or `vanilla`.")
+    ] = "revmux",
+    adapter_hidden_size: Annotated[
+        int | None, typer.Option(help="Inner width of the demultiplexer. Default: 256.")
+    ] = None,
+    recipe: Annotated[
+        str,
+        typer.Option(
+            help="`default`, or the `paper`'s loss and schedule. Sets the defaults "
+            "of the next four options."
+        ),
+    ] = "default",
+    epochs: Annotated[float | None, typer.Option(help="Passes over rows and copies.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Sequences per step and device.")] = None,
     augment: Annotated[
-        float, typer.Option(help="Spliced, unlabelled copies per row, distilled from the backbone.")
-    ] = 1.0,
-    learning_rate: Annotated[float, typer.Option(help="Peak learning rate (cosine).")] = 1e-3,
-    batch_size: Annotated[int, typer.Option(help="Sequences per step.")] = 64,
-    max_tokens: Annotated[int, typer.Option(help="Longer texts are cut.")] = 256,
-    adapter_hidden_size: Annotated[int, typer.Option(help="Inner width of the adapters.")] = 256,
-    skip_dropout: Annotated[
-        float, typer.Option(help="Share of members that train without their skip connection.")
-    ] = 0.5,
+        float | None,
+        typer.Option(help="Spliced, unlabelled copies per row, distilled from the backbone."),
+    ] = None,
+    hold_out: Annotated[
+        float,
+        typer.Option(
+            help="Share of the training rows that chooses the best checkpoint and stops "
+            "early; 0 trains to the end."
+        ),
+    ] = 0.02,
+    max_tokens: MaxTokens = 256,
+    gradient_accumulation: Annotated[int, typer.Option(help="Batches per step.")] = 1,
+    bf16: Annotated[bool, typer.Option(help="Automatic mixed precision.")] = False,
     bundle_backbone: Annotated[
         bool, typer.Option(help="Copy the backbone into the folder instead of naming it.")
     ] = False,
     store_dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    resume: Annotated[bool, typer.Option(help="Continue an interrupted training.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
 ) -> None:
     """Train adapters for a frozen classifier and write a checkpoint folder.
 
     Example: `revmux train --backbone my-llama --train train.tsv --eval dev.tsv --output my-revmux`,
-    then `vllm serve my-revmux`.
-    """
-    try:
-        ladder_widths = tuple(int(width) for width in widths.split(","))
-    except ValueError:
-        _fail(f"--widths {widths}: expected integers such as 2,4,8")
-    try:
-        import torch
-        from transformers import AutoConfig, AutoTokenizer, set_seed
+    then `vllm serve my-revmux`. On several GPUs:
+    `accelerate launch -m revmux_vllm.cli train ...`. `docs/training.md` has more.
+    """  # fmt: skip
+    with _errors():
+        from revmux_vllm.training import run, trainer
 
-        from revmux_vllm import checkpoint
-        from revmux_vllm.adapters import AdapterLadder
-        from revmux_vllm.backbones import LlamaBackbone
-        from revmux_vllm.config import RevMuxConfig
-        from revmux_vllm.training import data, features, trainer
-        from revmux_vllm.training.card import model_card
-        from revmux_vllm.training.evaluate import evaluate
-    except ImportError as error:
-        _fail(f"{error}; install what training needs: pip install 'revmux-vllm[train]'")
-    try:
-        if store_dtype not in ("float32", "bfloat16", "float16"):
-            raise ValueError(f"--store-dtype {store_dtype}: expected float32, bfloat16 or float16")
-        if not (backbone / "config.json").is_file():
-            raise ValueError(f"--backbone {backbone}: expected a folder with a config.json")
-        hf_config = AutoConfig.from_pretrained(backbone)
-        if hf_config.model_type not in checkpoint.ARCHITECTURES:
-            raise ValueError(
-                f"--backbone {backbone}: model_type {hf_config.model_type!r}; supported are "
-                + ", ".join(checkpoint.ARCHITECTURES)
-            )
-        layers = hf_config.num_hidden_layers
-        config = RevMuxConfig(
-            widths=ladder_widths,
-            prefill_layers=prefill_layers if prefill_layers is not None else max(1, layers // 4),
+        if recipe not in trainer.RECIPES:
+            raise ValueError(f"--recipe {recipe}: expected {' or '.join(trainer.RECIPES)}")
+        report = run.train_checkpoint(
+            backbone,
+            train,
+            output,
+            evaluation=eval,
+            text_columns=_split(text_columns),
+            label_column=label_column,
+            label_words=_split(label_words),
+            widths=_widths(widths),
+            prefill_layers=prefill_layers,
+            adapter_type=adapter_type,
             adapter_hidden_size=adapter_hidden_size,
+            recipe=run.with_options(
+                trainer.RECIPES[recipe],
+                epochs=epochs,
+                learning_rate=learning_rate,
+                batch_size=batch_size,
+                copies=augment,
+            ),
+            max_tokens=max_tokens,
+            hold_out=hold_out,
+            bundle_backbone=bundle_backbone,
+            store_dtype=store_dtype,
+            bf16=bf16,
+            gradient_accumulation=gradient_accumulation,
+            resume=resume,
+            seed=seed,
         )
-        config.check_backbone(hf_config.hidden_size, layers)
-        train_rows = data.read_tsv(train, hf_config.num_labels)
-        train_rows = data.with_spliced_copies(train_rows, augment, seed)
-        eval_rows = data.read_tsv(eval, hf_config.num_labels) if eval else None
-        if batch_size % ladder_widths[-1] or len(train_rows.labels) < batch_size:
-            raise ValueError(
-                f"--batch-size {batch_size}: expected a multiple of the widest width "
-                f"{ladder_widths[-1]} and at most the {len(train_rows.labels)} training rows"
-            )
-    except ValueError as error:
-        _fail(str(error))
-
-    set_seed(seed)
-    cut = LlamaBackbone.from_folder(backbone, config.prefill_layers)
-    tokenizer = AutoTokenizer.from_pretrained(backbone)
-    ladder = AdapterLadder(config, hf_config.hidden_size)
-    early = trainer.EarlyExit(hf_config.hidden_size, adapter_hidden_size, hf_config.num_labels)
-    trainer.train(
-        cut,
-        ladder,
-        early,
-        features.extract(cut, tokenizer, train_rows, max_tokens),
-        output / "trainer",
-        epochs=epochs,
-        learning_rate=learning_rate,
-        batch_size=batch_size,
-        skip_dropout=skip_dropout,
-        seed=seed,
-    )
-    dtype = getattr(torch, store_dtype)
-    ladder.to(dtype).float()  # measured as stored
-    report: dict[str, Any] = {}
-    if eval_rows is not None:
-        measured = features.extract(cut, tokenizer, eval_rows, max_tokens)
-        report = evaluate(cut, ladder, measured) | {
-            "early_exit": trainer.measure_exit(early, measured, config.prefill_layers)
-        }
-    card = model_card(output.name, config, layers, report)
-    checkpoint.save(output, ladder, backbone, card, bundle_backbone=bundle_backbone, dtype=dtype)
     console = Console()
     if report:
-        console.print(report_table(report, layers))
-    console.print(f"written to {output}; serve it with: vllm serve {output}")
+        console.print(report_table(report))
+    console.print(f"written to {output}; {_next_step(output)}", soft_wrap=True)
 
 
 @app.command("eval")
 def eval_command(
-    folder: Annotated[Path, typer.Argument(help="Checkpoint folder, or a bundled name.")],
-    eval: Annotated[Path, typer.Option(help="TSV: label, text (or text_a, text_b).")],
+    folder: Folder,
+    eval: Annotated[str, typer.Option(help=f"{ROWS}, with labels.")],
+    text_columns: TextColumns = None,
+    label_column: LabelColumn = None,
     window: Annotated[int, typer.Option(help="Requests packed together.")] = 64,
-    max_tokens: Annotated[int, typer.Option(help="Longer texts are cut.")] = 256,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="One JSON object on standard output.")
+    max_tokens: MaxTokens = 256,
+    engine: Annotated[
+        bool, typer.Option(help="Answer through vLLM instead of the transformers reference.")
     ] = False,
+    plot: Annotated[
+        Path | None, typer.Option(help="PNG of accuracy against speed-up to write.")
+    ] = None,
+    as_json: AsJson = False,
 ) -> None:
-    """Accuracy of every width over ten shuffled groupings, beside the backbone's own."""
-    with redirect_stdout(stderr):
-        from transformers import AutoTokenizer
+    """Accuracy of every width over ten shuffled groupings, beside the backbone's own.
 
-        from revmux_vllm import bundled, checkpoint
-        from revmux_vllm.backbones import LlamaBackbone
-        from revmux_vllm.training import data, features
-        from revmux_vllm.training.evaluate import evaluate
+    Early exit, the rival that costs less to build, stands in the table and in the plot.
+    """
+    with _errors(), redirect_stdout(stderr):
+        from revmux_vllm.training.measure import measure
 
-        try:
-            folder = bundled.resolve(folder)
-            ladder = checkpoint.load_adapters(folder).float()
-            _, values = checkpoint.read_config(folder)
-            cut = LlamaBackbone.from_folder(
-                checkpoint.backbone_folder(folder), ladder.config.prefill_layers
-            )
-            rows = data.read_tsv(eval, cut.num_labels)
-        except ValueError as error:
-            _fail(str(error))
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        report = evaluate(cut, ladder, features.extract(cut, tokenizer, rows, max_tokens), window)
+        report = measure(
+            folder,
+            eval,
+            text_columns=_split(text_columns),
+            label_column=label_column,
+            window=window,
+            max_tokens=max_tokens,
+            engine=engine,
+        )
+        if plot is not None:
+            from revmux_vllm.training.plot import plot_report
+
+            plot_report(report, plot, folder.name)
     if as_json:
         print(json.dumps(report))
-    else:
-        Console().print(report_table(report, values["num_hidden_layers"]))
+        return
+    console = Console()
+    console.print(report_table(report))
+    console.print(class_table(report))
+    if plot is not None:
+        console.print(f"plot written to {plot}")
 
 
-def report_table(report: dict[str, Any], num_layers: int) -> Table:
+@app.command()
+def inspect(folder: Folder, as_json: AsJson = False) -> None:
+    """What a checkpoint is: backbone, widths, parameters added, layer limits, accuracies."""
+    with _errors():
+        from revmux_vllm.inspection import describe
+
+        facts = describe(folder)
+    if as_json:
+        print(json.dumps(facts))
+        return
+    table = Table(title=str(folder), show_header=False)
+    for key, value in facts.items():
+        if not isinstance(value, dict):
+            table.add_row(key.replace("_", " "), str(value))
+    console = Console()
+    console.print(table)
+    rungs = Table("width", "layer limit", "parameters added", "of the backbone", "accuracy")
+    for width, row in facts["widths"].items():
+        accuracy = row["accuracy"]
+        rungs.add_row(
+            width,
+            f"{row['layer_limit']:.2f}x",
+            f"{row['parameters']:,}",
+            f"{100 * row['parameters_share']:.1f} %",
+            f"{100 * accuracy['mean']:.1f} %" if accuracy else "not measured",
+        )
+    console.print(rungs)
+
+
+def report_table(report: dict[str, Any]) -> Table:
     """The report as a table, per cent."""
     from revmux_vllm.training.card import COLUMNS, report_rows
 
     table = Table(title="Ten groupings: mean (lowest to highest), per cent")
     for column in COLUMNS:
         table.add_column(column, justify="right" if column else "left")
-    for row in report_rows(report, num_layers):
+    for row in report_rows(report):
         table.add_row(*row)
     return table
 
 
+def class_table(report: dict[str, Any]) -> Table:
+    """Confusion matrix and scores of every class, of the backbone and of every width."""
+    names = report["classes"]
+    table = Table(title="By class: scores in per cent, rows answered as each class")
+    for column in ("", "class", "precision", "recall", "F1", *(f"as {name}" for name in names)):
+        table.add_column(column, justify="left" if column in ("", "class") else "right")
+    rungs = {"backbone": report["backbone"]}
+    rungs |= {f"width {width}": row for width, row in report["widths"].items()}
+    for rung, row in rungs.items():
+        for i, name in enumerate(names):
+            scores = (f"{100 * row['per_class'][s][i]:.1f}" for s in ("precision", "recall", "f1"))
+            counts = (f"{count:.1f}" for count in row["confusion"][i])
+            table.add_row(rung if i == 0 else "", name, *scores, *counts)
+        table.add_section()
+    return table
+
+
+def _split(words: str | None) -> list[str] | None:
+    return None if words is None else words.split(",")
+
+
+def _widths(words: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(width) for width in words.split(","))
+    except ValueError:
+        raise ValueError(f"--widths {words}: expected integers such as 2,4,8") from None
+
+
+def _next_step(output: Path) -> str:
+    from revmux_vllm.checkpoint import read_config
+    from revmux_vllm.engine.plugin import MODELS
+
+    config, values = read_config(output)
+    if values["architectures"][0] in MODELS and not config.label_words:
+        return f"serve it with: vllm serve {output}"
+    return f"measure it with: revmux eval {output} --eval ROWS (no engine serves this family yet)"
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """What the user can mend ends the command with one message and status 2."""
+    try:
+        yield
+    except ImportError as error:
+        _fail(f"{error}; install what training needs: pip install 'revmux-vllm[train]'")
+    except ValueError as error:
+        _fail(str(error))
+    except OSError as error:
+        _fail(f"{error}. An unfinished training keeps its last checkpoint: --resume continues it")
+    except KeyboardInterrupt:
+        _fail(
+            "interrupted. An unfinished training keeps its last checkpoint: --resume continues it"
+        )
+
+
 def _fail(message: str) -> NoReturn:
-    Console(stderr=True).print(f"[bold red]error:[/] {message}", highlight=False)
+    Console(stderr=True).print(f"[bold red]error:[/] {message}", highlight=False, soft_wrap=True)
     raise typer.Exit(2)
+
+
+if __name__ == "__main__":
+    app()

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 FORMAT_VERSION = 1
-ADAPTER_TYPES = ("revmux",)
+ADAPTER_TYPES = ("revmux", "ora", "vanilla")
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,9 @@ class RevMuxConfig:
         prefill_layers: backbone layers (l) that every sequence runs by itself.
         adapter_type: which multiplexer and demultiplexer; see ``ADAPTER_TYPES``.
         adapter_hidden_size: width of the demultiplexer's inner layers.
+        skip: a member's own prefill state reaches its demultiplexer.
+        label_words: the words, one per class, whose LM-head logits are the answer; None for a
+            backbone with a classification head.
         backbone: folder or hub id of the backbone's weights; None when they lie beside this file.
             A relative path counts from the checkpoint folder.
         format_version: version of the checkpoint format.
@@ -33,11 +36,15 @@ class RevMuxConfig:
     prefill_layers: int
     adapter_type: str = "revmux"
     adapter_hidden_size: int = 256
+    skip: bool = True
+    label_words: tuple[str, ...] | None = None
     backbone: str | None = None
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "widths", tuple(self.widths))
+        if isinstance(self.label_words, list):
+            object.__setattr__(self, "label_words", tuple(self.label_words))
         problems = []
         if self.format_version != FORMAT_VERSION:
             problems.append(
@@ -66,6 +73,17 @@ class RevMuxConfig:
                 "revmux.adapter_hidden_size: expected at least 1, "
                 f"found {self.adapter_hidden_size!r}"
             )
+        if not isinstance(self.skip, bool):
+            problems.append(f"revmux.skip: expected true or false, found {self.skip!r}")
+        words = self.label_words
+        if words is not None and (
+            not isinstance(words, tuple)
+            or len(set(words)) < 2
+            or not all(isinstance(word, str) and word for word in words)
+        ):
+            problems.append(
+                f"revmux.label_words: expected at least two different words, found {words!r}"
+            )
         if self.backbone is not None and not isinstance(self.backbone, str):
             problems.append(f"revmux.backbone: expected a path or hub id, found {self.backbone!r}")
         _raise(problems)
@@ -89,7 +107,8 @@ class RevMuxConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form; ``from_dict`` reads it back."""
-        return asdict(self) | {"widths": list(self.widths)}
+        words = list(self.label_words) if self.label_words else None
+        return asdict(self) | {"widths": list(self.widths), "label_words": words}
 
     def check_backbone(self, hidden_size: int, num_layers: int) -> None:
         """Raise ValueError if a backbone of this shape cannot carry these widths."""

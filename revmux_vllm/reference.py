@@ -8,32 +8,41 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from revmux_vllm.adapters import AdapterLadder, RevMuxAdapter
-from revmux_vllm.backbones import LlamaBackbone
+from revmux_vllm.adapters import Adapter, AdapterLadder
+from revmux_vllm.backbones.base import Backbone, inside
 
 
-def skip_state(hidden: Tensor, lengths: Tensor) -> Tensor:
-    """What the prefill layers know of each sequence: last token, and mean over tokens.
+def skip_state(hidden: Tensor, lengths: Tensor, position: Tensor) -> Tensor:
+    """What the prefill layers know of each sequence: its pooled row, and the mean over its tokens.
 
     Args:
         hidden: (B, T, D), right-padded.
         lengths: (B,) int64.
+        position: (B,) int64, the pooled row (``Backbone.pooled_position``).
 
     Returns:
         (B, 2, D)
     """
-    inside = torch.arange(hidden.shape[1], device=hidden.device) < lengths[:, None]  # (B, T)
-    total = (hidden.float() * inside.unsqueeze(-1)).sum(1)
-    mean = (total / lengths[:, None]).to(hidden.dtype)
-    return torch.stack([pooled_rows(hidden, lengths), mean], dim=1)
+    tokens = inside(lengths, hidden.shape[1]).unsqueeze(-1)  # (B, T, 1)
+    mean = ((hidden.float() * tokens).sum(1) / lengths[:, None]).to(hidden.dtype)
+    return torch.stack([rows_at(hidden, position), mean], dim=1)
 
 
-def pooled_rows(hidden: Tensor, lengths: Tensor) -> Tensor:
-    """The row of each sequence's last token: (B, T, D) to (B, D)."""
-    return hidden[torch.arange(len(hidden), device=hidden.device), lengths - 1]
+def rows_at(hidden: Tensor, position: Tensor) -> Tensor:
+    """One row of each sequence: (B, T, D) and (B,) to (B, D)."""
+    return hidden[torch.arange(len(hidden), device=hidden.device), position]
 
 
-def multiplex(adapter: RevMuxAdapter, hidden: Tensor, lengths: Tensor) -> Tensor:
+def streams_of(adapter: Adapter, hidden: Tensor, lengths: Tensor) -> Tensor:
+    """Down-projected streams (G, T, N, S) of G composites; arguments as for ``multiplex``."""
+    num_groups, width, num_tokens, hidden_size = hidden.shape
+    present = inside(lengths.flatten(), num_tokens).view(num_groups, width, num_tokens)
+    rows = hidden.transpose(1, 2).reshape(-1, width, hidden_size)  # (G*T, N, D)
+    streams = adapter.down_project(rows, present.transpose(1, 2).reshape(-1, width))
+    return streams.unflatten(0, (num_groups, num_tokens))
+
+
+def multiplex(adapter: Adapter, hidden: Tensor, lengths: Tensor) -> Tensor:
     """G composites of the adapter's width.
 
     Args:
@@ -43,29 +52,37 @@ def multiplex(adapter: RevMuxAdapter, hidden: Tensor, lengths: Tensor) -> Tensor
     Returns:
         (G, T, D), what the upper layers run on.
     """
-    num_groups, width, num_tokens, hidden_size = hidden.shape
-    inside = torch.arange(num_tokens, device=hidden.device) < lengths[..., None]  # (G, N, T)
-    rows = hidden.transpose(1, 2).reshape(-1, width, hidden_size)  # (G*T, N, D)
-    composite = adapter.multiplex(rows, inside.transpose(1, 2).reshape(-1, width))
-    return composite.unflatten(0, (num_groups, num_tokens))
+    return adapter.mix(streams_of(adapter, hidden, lengths).flatten(0, 1)).unflatten(
+        0, (len(hidden), -1)
+    )
 
 
-def demultiplex(adapter: RevMuxAdapter, out: Tensor, hidden: Tensor, lengths: Tensor) -> Tensor:
+def demultiplex(
+    backbone: Backbone,
+    adapter: Adapter,
+    out: Tensor,
+    hidden: Tensor,
+    lengths: Tensor,
+    with_skip: bool = True,
+) -> Tensor:
     """The members' vectors (G, N, D) from the upper layers' output (G, T, D).
 
-    ``hidden`` and ``lengths`` are those that ``multiplex`` was given.
+    ``hidden`` and ``lengths`` are those that ``multiplex`` was given. ``with_skip`` False: from the
+    composite alone, which training asks for.
     """
     num_groups, width = lengths.shape
     flat = lengths.flatten()
-    read_at = pooled_rows(out.repeat_interleave(width, 0), flat)  # (G*N, D)
+    skip = None
+    if with_skip:
+        skip = skip_state(hidden.flatten(0, 1), flat, backbone.pooled_position(flat))
+    read_at = rows_at(out.repeat_interleave(width, 0), backbone.output_position(flat))  # (G*N, D)
     stream = torch.arange(width, device=out.device).repeat(num_groups)
-    vectors = adapter.demultiplex(read_at, stream, skip_state(hidden.flatten(0, 1), flat))
-    return vectors.unflatten(0, (num_groups, width))
+    return adapter.demultiplex(read_at, stream, skip).unflatten(0, (num_groups, width))
 
 
 @torch.no_grad()
 def classify(
-    backbone: LlamaBackbone,
+    backbone: Backbone,
     ladder: AdapterLadder,
     prompts: Sequence[Sequence[int]],
     groups: Sequence[Sequence[int]],
@@ -81,13 +98,13 @@ def classify(
         ids = torch.zeros(len(group), int(own.max()), dtype=torch.long)
         for row, index in enumerate(group):
             ids[row, : len(prompts[index])] = torch.as_tensor(prompts[index])
-        hidden = backbone.lower(ids)
+        hidden = backbone.lower(ids, own)
         if len(group) == 1:
-            vectors = pooled_rows(backbone.upper(hidden), own)
+            vectors = rows_at(backbone.upper(hidden, own), backbone.output_position(own))
         else:
             adapter = ladder[len(group)]
-            out = backbone.upper(multiplex(adapter, hidden[None], own[None]))
-            vectors = demultiplex(adapter, out, hidden[None], own[None])[0]
+            out = backbone.upper(multiplex(adapter, hidden[None], own[None]), own[:1])
+            vectors = demultiplex(backbone, adapter, out, hidden[None], own[None])[0]
         for index, row in zip(group, backbone.head(vectors), strict=True):
             logits[index] = row
     return torch.stack([logits[index] for index in range(len(prompts))])

@@ -1,4 +1,4 @@
-"""A tiny random checkpoint, and engines whose plans can be seen."""
+"""A tiny random checkpoint, trainings of a moment, and engines whose plans can be seen."""
 
 import os
 import random
@@ -8,10 +8,19 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
+from click.testing import Result
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
+from typer.testing import CliRunner
 
 from revmux_vllm import checkpoint
 from revmux_vllm.adapters import AdapterLadder
+from revmux_vllm.cli import app
 from revmux_vllm.config import RevMuxConfig
 
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
@@ -46,27 +55,59 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+def save_backbone(
+    family: str,
+    folder: Path,
+    language_model: bool = False,
+    *,
+    hidden_size: int = 64,
+    num_layers: int = 4,
+    num_labels: int = 3,
+) -> None:
+    """A random backbone of some family in float32, and the word tokenizer beside it."""
+    torch.manual_seed(0)
+    name = {"t5-v1.1": "t5"}.get(family, family)
+    sizes: dict[str, Any] = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": hidden_size,
+        "intermediate_size": 2 * hidden_size,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": hidden_size // 32,
+        "num_key_value_heads": max(1, hidden_size // 64),
+        "head_dim": 32,
+        "max_position_embeddings": 520,
+        "initializer_range": 0.2,
+    }
+    if name in ("bert", "roberta", "gpt2"):
+        del sizes["num_key_value_heads"], sizes["head_dim"]
+    if name == "t5":
+        sizes = {
+            "vocab_size": VOCAB_SIZE,
+            "d_model": hidden_size,
+            "d_kv": 32,
+            "d_ff": 2 * hidden_size,
+            "num_layers": num_layers,
+            "num_heads": hidden_size // 32,
+            "decoder_start_token_id": 0,
+        }
+        if family == "t5-v1.1":
+            sizes |= {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
+    config = AutoConfig.for_model(name, **sizes, pad_token_id=0, num_labels=num_labels)
+    kind: Any = AutoModelForSequenceClassification
+    if name == "t5":
+        kind = AutoModelForSeq2SeqLM
+    elif language_model:
+        kind = AutoModelForCausalLM
+    kind.from_config(config).save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+
+
 def make_tiny_checkpoint(
     root: Path, *, bundle_backbone: bool = True, hidden_size: int = 64, num_layers: int = 4
 ) -> Path:
     """A random 4-layer backbone with random adapters for widths 2, 4 and 8, all in float32."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=hidden_size,
-        intermediate_size=2 * hidden_size,
-        num_hidden_layers=num_layers,
-        num_attention_heads=hidden_size // 32,
-        num_key_value_heads=max(1, hidden_size // 64),
-        head_dim=32,
-        max_position_embeddings=512,
-        initializer_range=0.2,
-        pad_token_id=0,
-        num_labels=3,
-    )
     backbone = root / "backbone"
-    LlamaForSequenceClassification(config).save_pretrained(backbone)
-    word_tokenizer().save_pretrained(backbone)
+    save_backbone("llama", backbone, hidden_size=hidden_size, num_layers=num_layers)
     ladder = AdapterLadder(
         RevMuxConfig(widths=(2, 4, 8), prefill_layers=1, adapter_hidden_size=48), hidden_size
     )
@@ -82,6 +123,63 @@ def make_tiny_checkpoint(
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
+
+
+def write_rows(path: Path, count: int, seed: int, labels: bool = True) -> Path:
+    """Texts whose label is whether the word w7 stands in them."""
+    rng = random.Random(seed)
+    lines = ["label\ttext" if labels else "text"]
+    for i in range(count):
+        words = [f"w{rng.randrange(10, 300)}" for _ in range(rng.randint(2, 12))]
+        if i % 2:
+            words[rng.randrange(len(words))] = "w7"
+        lines.append((f"{i % 2}\t" if labels else "") + " ".join(words))
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def revmux(arguments: str) -> Result:
+    """The command as a user types it."""
+    return CliRunner().invoke(app, arguments.split())
+
+
+Train = Callable[..., Result]
+
+
+@pytest.fixture
+def train(tmp_path: Path) -> Train:
+    """``revmux train`` on a random backbone of some family, for a moment; later options win."""
+
+    def run(more: str = "", family: str = "llama", language_model: bool = False) -> Result:
+        backbone = tmp_path / "backbone"
+        if not backbone.exists():
+            save_backbone(family, backbone, language_model, num_labels=2)
+        if not (tmp_path / "train.tsv").exists():
+            write_rows(tmp_path / "train.tsv", 160, 0)
+        return revmux(
+            f"train --backbone {backbone} --train {tmp_path / 'train.tsv'} "
+            f"--output {tmp_path / 'out'} --widths 2,4 --prefill-layers 1 --epochs 1 --augment 0 "
+            f"--batch-size 16 --adapter-hidden-size 24 {more}"
+        )
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of two widths, measured, in bfloat16."""
+    root = tmp_path_factory.mktemp("train")
+    save_backbone("llama", root / "backbone", num_labels=2)
+    result: Any = revmux(
+        f"train --backbone {root / 'backbone'} --train {write_rows(root / 'train.tsv', 256, 0)} "
+        f"--eval {write_rows(root / 'dev.tsv', 64, 1)} --output {root / 'out'} --widths 2,4 "
+        "--prefill-layers 1 --epochs 2 --batch-size 32 --adapter-hidden-size 24 --bundle-backbone "
+        "--store-dtype bfloat16"
+    )
+    assert result.exit_code == 0, result.output
+    assert "width 4" in result.output
+    assert "vllm serve" in result.output
+    return root / "out"
 
 
 class RecordingEngine:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from revmux_vllm.adapters import AdapterLadder, RevMuxAdapter
+from revmux_vllm.adapters import ADAPTERS, AdapterLadder, RevMuxAdapter
 from revmux_vllm.config import RevMuxConfig
 
 
@@ -24,15 +24,30 @@ def test_demultiplexing_without_upper_layers_gives_back_each_stream(width: int) 
         torch.testing.assert_close(own, streams[:, stream], rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("adapter_type", list(ADAPTERS))
 @torch.no_grad()
-def test_an_ended_member_leaves_no_trace() -> None:
-    adapter = RevMuxAdapter(2, 8, 8)
+def test_an_ended_member_leaves_no_trace(adapter_type: str) -> None:
+    adapter = ADAPTERS[adapter_type](2, 8, 8)
     rows = torch.randn(3, 2, 8)
     present = torch.tensor([[True, True], [True, False], [True, False]])
     other = rows.clone()
     other[1:, 1] = 1e3
     torch.testing.assert_close(adapter.multiplex(rows, present), adapter.multiplex(other, present))
     assert not torch.equal(adapter.multiplex(rows, present)[0], adapter.multiplex(rows, present)[1])
+
+
+@pytest.mark.parametrize("adapter_type", list(ADAPTERS))
+@pytest.mark.parametrize("skip", [True, False])
+@torch.no_grad()
+def test_a_members_own_state_speaks_only_through_the_skip(adapter_type: str, skip: bool) -> None:
+    adapter = ADAPTERS[adapter_type](2, 8, 8, skip)
+    rows, stream = torch.randn(4, 8), torch.tensor([0, 1, 0, 1])
+    a, b = (adapter.demultiplex(rows, stream, torch.randn(4, 2, 8)) for _ in range(2))
+    assert a.shape == (4, 8)
+    assert torch.equal(a, b) is not skip
+    assert torch.equal(adapter.demultiplex(rows, stream, None), a) is not skip
+    # Streams of one composite row are told apart.
+    assert not torch.allclose(*adapter.demultiplex(rows[:1].expand(2, 8), stream[:2], None))
 
 
 def test_a_width_that_does_not_divide_is_refused() -> None:

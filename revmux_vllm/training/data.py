@@ -1,90 +1,264 @@
-"""Labelled text from a TSV file. Every error names the file, the row and the cure."""
+"""Text to train and measure on. Every mistake is named with file, row and cure, before any work."""
 
+import csv
+import json
 import random
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from revmux_vllm.training.losses import UNLABELLED
 
+TEXT_COLUMNS = (
+    ("text",),
+    ("text_a", "text_b"),
+    ("sentence",),
+    ("sentence1", "sentence2"),
+    ("question", "sentence"),
+    ("premise", "hypothesis"),
+)
+LABEL_COLUMNS = ("label", "labels")
+
+Row = tuple[int, dict[str, Any]]  # where it stands in its file, and its fields
+
 
 @dataclass(frozen=True)
 class LabelledText:
-    """Rows of a file.
+    """Rows of a data set.
 
     Attributes:
         texts: one string a row, or a pair.
-        labels: class indices.
+        labels: class indices; ``UNLABELLED`` where the data has no labels.
     """
 
     texts: list[str] | list[tuple[str, str]]
     labels: list[int]
 
+    def __len__(self) -> int:
+        return len(self.labels)
 
-def read_tsv(path: str | Path, num_labels: int) -> LabelledText:
-    """Read ``label<TAB>text`` or ``label<TAB>text_a<TAB>text_b`` with one header line, no quoting.
+    def __add__(self, other: "LabelledText") -> "LabelledText":
+        texts: Any = [*self.texts, *other.texts]
+        return LabelledText(texts, self.labels + other.labels)
+
+    def select(self, rows: Sequence[int]) -> "LabelledText":
+        """Some of the rows, in the order given."""
+        texts: Any = [self.texts[row] for row in rows]
+        return LabelledText(texts, [self.labels[row] for row in rows])
+
+
+def read_rows(
+    source: str | Path,
+    label_names: Sequence[str],
+    *,
+    text_columns: Sequence[str] | None = None,
+    label_column: str | None = None,
+    need_labels: bool = False,
+) -> LabelledText:
+    """Read a file or a hub data set.
 
     Args:
-        path: UTF-8 file.
-        num_labels: classes of the backbone; labels are 0 .. num_labels - 1.
+        source: ``.tsv`` (no quoting), ``.csv``, ``.jsonl`` or ``.parquet``, UTF-8, with column
+            names; or a hub data set as ``NAME:SPLIT`` or ``NAME:CONFIG:SPLIT``.
+        label_names: the backbone's classes in order. A label is an index or one of these names.
+        text_columns: one column, or two for pairs. Default: the first of ``TEXT_COLUMNS`` there is.
+        label_column: default: the first of ``LABEL_COLUMNS`` there is; without one the rows are
+            unlabelled.
+        need_labels: refuse unlabelled rows.
 
     Raises:
-        ValueError: naming file and row.
+        ValueError: naming the file, the row and the cure.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path}: not UTF-8 at byte {error.start}; convert it, for example with iconv"
-        ) from error
-    header = lines[0].split("\t") if lines else []
-    if header not in (["label", "text"], ["label", "text_a", "text_b"]):
-        raise ValueError(
-            f"{path}: row 1: expected the columns label and text, or label, text_a and text_b, "
-            f"separated by tabs; found {header}"
-        )
+    columns, rows = _open(source)
+    texts_at = _choose(source, columns, text_columns, TEXT_COLUMNS, "--text-columns")
+    label_at = None
+    if label_column or need_labels or set(LABEL_COLUMNS) & set(columns):
+        named = (label_column,) if label_column else None
+        labels_at = [(name,) for name in LABEL_COLUMNS]
+        (label_at,) = _choose(source, columns, named, labels_at, "--label-column")
     texts: list[Any] = []
     labels: list[int] = []
-    for number, line in enumerate(lines[1:], 2):
-        fields = line.split("\t")
-        if len(fields) != len(header):
+    kind: type | None = None
+    for number, row in rows:
+        text = tuple(row[column] for column in texts_at)
+        if not all(isinstance(part, str) and part.strip() for part in text):
+            raise ValueError(f"{source}: row {number}: empty text; drop the row")
+        texts.append(text if len(text) > 1 else text[0])
+        if label_at is None:
+            labels.append(UNLABELLED)
+            continue
+        try:
+            label, own_kind = _label(row[label_at], label_names)
+        except ValueError as error:
+            raise ValueError(f"{source}: row {number}: {error}") from None
+        if kind not in (None, own_kind):
             raise ValueError(
-                f"{path}: row {number}: expected {len(header)} fields, found {len(fields)}"
+                f"{source}: row {number}: label {row[label_at]!r}: mixed label types; write all of "
+                "them as indices or all as names"
             )
-        label, *text = fields
-        if not label.isdecimal() or int(label) >= num_labels:
-            raise ValueError(
-                f"{path}: row {number}: label {label!r}: expected an integer from 0 to "
-                f"{num_labels - 1}, as the backbone has {num_labels} classes"
-            )
-        if not all(part.strip() for part in text):
-            raise ValueError(f"{path}: row {number}: empty text; drop the row")
-        labels.append(int(label))
-        texts.append(tuple(text) if len(text) > 1 else text[0])
-    if len(set(labels)) < 2:
-        raise ValueError(f"{path}: expected at least two classes, found labels {set(labels)}")
+        kind = own_kind
+        labels.append(label)
+    if not texts:
+        raise ValueError(f"{source}: no rows below the header")
+    if label_at is not None and len(set(labels)) < 2:
+        raise ValueError(
+            f"{source}: all {len(labels)} rows have the label {label_names[labels[0]]!r}; expected "
+            "at least two classes. To learn from the backbone alone leave the label column out"
+        )
     return LabelledText(texts, labels)
 
 
-def with_spliced_copies(data: LabelledText, copies: float, seed: int) -> LabelledText:
-    """``data`` and, behind it, unlabelled texts made of it, ``copies`` for every row.
+def _choose(
+    source: str | Path,
+    columns: Sequence[str],
+    given: Sequence[str] | None,
+    usual: Sequence[tuple[str, ...]],
+    option: str,
+) -> tuple[str, ...]:
+    for names in [tuple(given)] if given else usual:
+        if set(names) <= set(columns):
+            return names
+    wanted = " and ".join(given) if given else " or ".join(" and ".join(n) for n in usual)
+    raise ValueError(
+        f"{source}: row 1: expected the columns {wanted}; found {', '.join(columns) or 'nothing'}. "
+        f"Name yours with {option}"
+    )
+
+
+def _label(value: Any, names: Sequence[str]) -> tuple[int, type]:
+    if isinstance(value, str) and value in names:
+        return names.index(value), str
+    number = int(value) if isinstance(value, str) and value.isdecimal() else value
+    if isinstance(number, int) and not isinstance(number, bool) and 0 <= number < len(names):
+        return number, int
+    raise ValueError(
+        f"label {value!r}: expected an integer from 0 to {len(names) - 1} or one of the "
+        f"backbone's classes, {', '.join(names)}"
+    )
+
+
+def _open(source: str | Path) -> tuple[list[str], Iterator[Row]]:
+    """Column names and rows; the rows have exactly these columns."""
+    path = Path(source)
+    if not path.is_file():
+        if ":" in str(source) and not path.suffix:
+            return _open_hub(str(source))
+        raise ValueError(f"{source}: no such file")
+    readers = {
+        ".tsv": _read_tsv,
+        ".csv": _read_csv,
+        ".jsonl": _read_jsonl,
+        ".parquet": _read_parquet,
+    }
+    if path.suffix not in readers:
+        raise ValueError(f"{source}: expected a file ending in {', '.join(readers)}")
+    try:
+        return readers[path.suffix](path)
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{source}: not UTF-8 at byte {error.start}; convert it, for example with iconv"
+        ) from error
+
+
+def _read_tsv(path: Path) -> tuple[list[str], Iterator[Row]]:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return _fields(path, ((i, line.split("\t")) for i, line in enumerate(lines, 1)))
+
+
+def _read_csv(path: Path) -> tuple[list[str], Iterator[Row]]:
+    reader = csv.reader(path.read_text(encoding="utf-8").splitlines(keepends=True))
+    return _fields(path, ((reader.line_num, fields) for fields in reader))
+
+
+def _fields(path: Path, lines: Iterator[tuple[int, list[str]]]) -> tuple[list[str], Iterator[Row]]:
+    _, header = next(lines, (1, []))
+
+    def rows() -> Iterator[Row]:
+        for number, fields in lines:
+            if len(fields) != len(header):
+                raise ValueError(
+                    f"{path}: row {number}: expected {len(header)} fields, found {len(fields)}"
+                )
+            yield number, dict(zip(header, fields, strict=True))
+
+    return header, rows()
+
+
+def _read_jsonl(path: Path) -> tuple[list[str], Iterator[Row]]:
+    lines = path.read_text(encoding="utf-8").splitlines()
+
+    def parse(number: int, line: str) -> Mapping[str, Any]:
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{path}: row {number}: not JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}: row {number}: expected an object, found {line[:40]!r}")
+        return row
+
+    columns = list(parse(1, lines[0])) if lines else []
+
+    def rows() -> Iterator[Row]:
+        for number, line in enumerate(lines, 1):
+            row = parse(number, line)
+            if missing := [column for column in columns if column not in row]:
+                raise ValueError(f"{path}: row {number}: missing {', '.join(missing)}")
+            yield number, dict(row)
+
+    return columns, rows()
+
+
+def _read_parquet(path: Path) -> tuple[list[str], Iterator[Row]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.read_table(path)
+    except pyarrow.ArrowInvalid as error:
+        raise ValueError(f"{path}: not a Parquet file: {error}") from error
+    return table.column_names, iter(enumerate(table.to_pylist(), 1))
+
+
+def _open_hub(source: str) -> tuple[list[str], Iterator[Row]]:
+    from datasets import load_dataset
+
+    name, *config, split = source.split(":")
+    try:
+        data = load_dataset(name, *config, split=split)
+    except Exception as error:  # the hub has many: offline, no such name, no such split, ...
+        raise ValueError(
+            f"{source}: neither a file nor a hub data set that can be read: {error}"
+        ) from error
+    return data.column_names, iter(enumerate(data, 1))
+
+
+def split_rows(count: int, share: float, seed: int) -> tuple[list[int], list[int]]:
+    """Row numbers to train on, and some held out, at random from ``seed``.
+
+    A ``share`` of them is held out: at least 64 or a tenth, whichever is fewer, unless it is 0.
+    """
+    order = random.Random(seed).sample(range(count), count)
+    held_out = max(round(count * share), min(64, count // 10)) if share else 0
+    return order[held_out:], order[:held_out]
+
+
+def spliced_copies(data: LabelledText, copies: float, seed: int) -> LabelledText:
+    """Unlabelled texts made of ``data``'s, ``copies`` for every row.
 
     The head of one row is joined to the tail of another and a tenth of the words is dropped. A
     backbone knows its training rows by heart; on these it is as unsure as on new text, and that is
     what adapters have to learn to reproduce. Of a pair the second text is spliced.
     """
     rng = random.Random(seed)
-    texts: list[Any] = list(data.texts)
-    for i in range(int(copies * len(data.texts))):
-        row, other = data.texts[i % len(data.texts)], rng.choice(data.texts)
+    texts: list[Any] = []
+    for i in range(round(copies * len(data))):
+        row, other = data.texts[i % len(data)], rng.choice(data.texts)
         if isinstance(row, tuple):
             texts.append((row[0], _splice(row[1], other[1], rng)))
         else:
             texts.append(_splice(row, str(other), rng))
-    return LabelledText(texts, data.labels + [UNLABELLED] * (len(texts) - len(data.labels)))
+    return LabelledText(texts, [UNLABELLED] * len(texts))
 
 
 def _splice(text: str, other: str, rng: random.Random) -> str:

@@ -1,31 +1,41 @@
-"""Accuracy as method and protocol have it: ten shuffled groupings, beside the backbone's own."""
+"""Accuracy as the protocol has it: ten shuffled groupings, beside the backbone and early exit."""
 
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from rich.console import Console
 from rich.progress import track
-from torch import Tensor
+from torch import Tensor, nn
 
 from revmux_vllm.adapters import AdapterLadder
-from revmux_vllm.backbones import LlamaBackbone
+from revmux_vllm.backbones import Backbone
+from revmux_vllm.config import layer_limit
 from revmux_vllm.packing import pack
 from revmux_vllm.reference import demultiplex, multiplex
+from revmux_vllm.training.cost import Costs
 from revmux_vllm.training.features import Features
 
 NUM_GROUPINGS = 10
 WINDOW = 64  # requests that wait together and are packed together
 
+Groups = list[tuple[int, ...]]
+# Classes (B,) of all rows in composites of one width at most; the last argument is the order and
+# windows of the rows, and the groups that these make.
+Predict = Callable[[int, Groups, Sequence[Any]], Tensor]
+
 
 @torch.no_grad()
 def predict(
-    backbone: LlamaBackbone,
+    backbone: Backbone,
     ladder: AdapterLadder,
     features: Features,
-    groups: list[tuple[int, ...]],
+    groups: Groups,
     composites_per_batch: int = 32,
 ) -> Tensor:
     """Logits (B, C) under ``groups`` of rows; a group of one is the backbone's own answer."""
+    device = next(ladder.parameters()).device
     logits = features.logits.clone()
     for width, adapter in ladder.items():
         index = torch.tensor([group for group in groups if len(group) == width])
@@ -33,48 +43,115 @@ def predict(
             continue
         index = index[features.lengths[index[:, 0]].argsort()]
         for part in index.split(composites_per_batch):
-            lengths = features.lengths[part]
-            hidden = features.padded(part.flatten()).unflatten(0, (-1, width))
-            out = backbone.upper(multiplex(adapter, hidden, lengths))
-            vectors = demultiplex(adapter, out, hidden, lengths)
-            logits[part.flatten()] = backbone.head(vectors).flatten(0, 1)
+            lengths = features.lengths[part].to(device)
+            hidden = features.padded(part.flatten()).to(device).unflatten(0, (-1, width))
+            out = backbone.upper(multiplex(adapter, hidden, lengths), lengths[:, 0])
+            vectors = demultiplex(backbone, adapter, out, hidden, lengths)
+            logits[part.flatten()] = backbone.head(vectors).flatten(0, 1).cpu()
     return logits
 
 
-def groupings(lengths: list[int], width: int, widths: tuple[int, ...], window: int) -> Any:
-    """Ten groupings from fixed seeds: shuffle, cut into windows, pack each as serving does."""
-    allowed = [w for w in widths if w <= width]
+def windows(count: int, window: int) -> Iterator[list[Any]]:
+    """Ten shuffles of ``count`` rows from fixed seeds, each cut into what waits together."""
     for seed in range(NUM_GROUPINGS):
-        order = np.random.default_rng(seed).permutation(len(lengths))
-        groups: list[tuple[int, ...]] = []
-        for start in range(0, len(order), window):
-            rows = order[start : start + window]
-            packed = pack([lengths[row] for row in rows], allowed)
-            groups += [tuple(int(rows[i]) for i in group) for group in packed]
-        yield groups
+        order = np.random.default_rng(seed).permutation(count)
+        yield [order[start : start + window] for start in range(0, count, window)]
+
+
+def group_windows(parts: Sequence[Any], lengths: Sequence[int], widths: Sequence[int]) -> Groups:
+    """Each window packed as serving packs it."""
+    return [
+        tuple(int(rows[i]) for i in group)
+        for rows in parts
+        for group in pack([lengths[row] for row in rows], widths)
+    ]
 
 
 def evaluate(
-    backbone: LlamaBackbone, ladder: AdapterLadder, features: Features, window: int = WINDOW
+    backbone: Backbone,
+    ladder: AdapterLadder,
+    features: Features,
+    window: int = WINDOW,
+    answer: Predict | None = None,
 ) -> dict[str, Any]:
-    """The report that ``revmux eval --json`` prints; shares between 0 and 1."""
+    """The report that ``revmux eval --json`` prints; shares between 0 and 1.
+
+    Args:
+        backbone: cut as ``ladder`` wants it.
+        ladder: adapters to measure.
+        features: of labelled rows.
+        window: requests that are packed together.
+        answer: computes the classes; default: the reference on ``features``.
+    """
     own = features.logits.argmax(-1)
     lengths = features.lengths.tolist()
-    widths = ladder.config.widths
-    report: dict[str, Any] = {"backbone": {"accuracy": _share(own == features.labels)}}
-    report["widths"] = {}
-    for width in track(widths, "groupings"):
-        accuracy, agreement = [], []
-        for groups in groupings(lengths, width, widths, window):
-            answer = predict(backbone, ladder, features, groups).argmax(-1)
-            accuracy.append(_share(answer == features.labels))
-            agreement.append(_share(answer == own))
+    config = ladder.config
+    costs = Costs(backbone, round(sum(lengths) / len(lengths)))
+
+    def reference(width: int, groups: Groups, parts: Sequence[Any]) -> Tensor:
+        return predict(backbone, ladder, features, groups).argmax(-1)
+
+    report: dict[str, Any] = {
+        "backbone": scores([own], features) | {"accuracy": _share(own == features.labels)},
+        "mean_tokens": sum(lengths) / len(lengths),
+        "widths": {},
+    }
+    rounds = [(width, parts) for width in config.widths for parts in windows(len(lengths), window)]
+    answers: dict[int, list[Tensor]] = {width: [] for width in config.widths}
+    for width, parts in track(rounds, "groupings", console=Console(stderr=True)):
+        groups = group_windows(parts, lengths, [w for w in config.widths if w <= width])
+        answers[width].append((answer or reference)(width, groups, parts))
+    for width, classes in answers.items():
         report["widths"][str(width)] = {
-            "prefill_layers": ladder.config.prefill_layers,
-            "accuracy": _summary(accuracy),
-            "agreement": _summary(agreement),
-        }
+            "prefill_layers": config.prefill_layers,
+            "layer_limit": layer_limit(width, config.prefill_layers, backbone.num_layers),
+            "speedup": costs.speedup(ladder, width),
+            "accuracy": _summary([_share(c == features.labels) for c in classes]),
+            "agreement": _summary([_share(c == own) for c in classes]),
+        } | scores(classes, features)
     return report
+
+
+@torch.no_grad()
+def evaluate_exits(
+    backbone: Backbone, exits: nn.ModuleDict, features: Features
+) -> list[dict[str, Any]]:
+    """Early exits, as the report has them. The heads' keys are the layers of ``features.exits``."""
+    own = features.logits.argmax(-1)
+    costs = Costs(backbone, round(features.lengths.float().mean().item()))
+    rows = []
+    for place, (layer, head) in enumerate(exits.items()):
+        classes = head(features.exits[:, place]).argmax(-1)
+        rows.append(
+            {
+                "layer": int(layer),
+                "speedup": costs.exit_speedup(head, int(layer)),
+                "accuracy": _share(classes == features.labels),
+                "agreement": _share(classes == own),
+            }
+        )
+    return rows
+
+
+def scores(classes: Sequence[Tensor], features: Features) -> dict[str, Any]:
+    """Scores by class, and the confusion matrix: labels down, answers across, mean of groupings."""
+    count = features.logits.shape[-1]
+    confusion = torch.zeros(count, count, dtype=torch.float64)
+    for answer in classes:
+        flat = features.labels * count + answer
+        confusion += torch.bincount(flat, minlength=count**2).view(count, count) / len(classes)
+    hits = confusion.diagonal()
+    recall = hits / confusion.sum(1).clamp(min=1e-12)
+    precision = hits / confusion.sum(0).clamp(min=1e-12)
+    f1 = 2 * hits / (confusion.sum(0) + confusion.sum(1)).clamp(min=1e-12)
+    return {
+        "confusion": confusion.tolist(),
+        "per_class": {
+            "precision": precision.tolist(),
+            "recall": recall.tolist(),
+            "f1": f1.tolist(),
+        },
+    }
 
 
 def _share(hits: Tensor) -> float:

@@ -1,19 +1,26 @@
-"""What the frozen backbone says of every row, computed once and kept in memory.
+"""What the frozen backbone says of every row, computed once.
 
 The prefill states feed the adapters and the final vectors teach them; neither changes while
 adapters train, so nothing below the cut and no teacher runs in the training loop.
 """
 
-from dataclasses import dataclass
+import shutil
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
+from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from revmux_vllm.backbones import LlamaBackbone
-from revmux_vllm.reference import pooled_rows
+from revmux_vllm.backbones import Backbone
+from revmux_vllm.backbones.base import inside
+from revmux_vllm.reference import rows_at, skip_state
 from revmux_vllm.training.data import LabelledText
 
 TOKENS_PER_BATCH = 4096
@@ -21,68 +28,135 @@ TOKENS_PER_BATCH = 4096
 
 @dataclass(frozen=True)
 class Features:
-    """Prefill states and the backbone's own answers.
+    """Prefill states and the backbone's own answers, on the CPU.
 
     Attributes:
         hidden: (total tokens, D), the sequences one after the other.
-        starts: (B + 1,) first row of every sequence in ``hidden``.
+        starts: (B,) first row of every sequence in ``hidden``.
+        lengths: (B,) tokens of every sequence.
         vectors: (B, D) the pooled vector that the backbone's head reads.
         logits: (B, C) the backbone's answer.
         labels: (B,) int64.
+        exits: (B, E, 2, D) what is known after each of E layers (``skip_state``).
     """
 
     hidden: Tensor
     starts: Tensor
+    lengths: Tensor
     vectors: Tensor
     logits: Tensor
     labels: Tensor
+    exits: Tensor
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    @property
-    def lengths(self) -> Tensor:
-        """(B,) tokens of every sequence."""
-        return self.starts.diff()
-
     def padded(self, index: Tensor) -> Tensor:
         """Prefill states (len(index), T, D) of some sequences, zero behind each."""
         lengths = self.lengths[index]
-        position = torch.arange(int(lengths.max()))
-        inside = position < lengths[:, None]  # (b, T)
-        rows = (self.starts[index, None] + position) * inside
-        return self.hidden[rows] * inside.unsqueeze(-1)
+        tokens = inside(lengths, int(lengths.max()))  # (b, T)
+        rows = (self.starts[index, None] + torch.arange(tokens.shape[1])) * tokens
+        return self.hidden[rows] * tokens.unsqueeze(-1)
+
+    def select(self, index: Tensor) -> "Features":
+        """Some of the rows; the prefill states are shared."""
+        chosen = {f.name: getattr(self, f.name)[index] for f in fields(self) if f.name != "hidden"}
+        return replace(self, **chosen)
 
 
 @torch.no_grad()
 def extract(
-    backbone: LlamaBackbone, tokenizer: Any, data: LabelledText, max_tokens: int
+    backbone: Backbone,
+    tokenizer: Any,
+    data: LabelledText,
+    max_tokens: int,
+    exit_layers: Sequence[int] = (),
+    overflow: Path | None = None,
 ) -> Features:
-    """Run the backbone over ``data``, longest rows first, with a progress bar."""
-    if isinstance(data.texts[0], tuple):
-        first, second = zip(*data.texts, strict=True)
-        encoded = tokenizer(list(first), list(second), truncation=True, max_length=max_tokens)
-    else:
-        encoded = tokenizer(list(data.texts), truncation=True, max_length=max_tokens)
-    ids: list[list[int]] = encoded["input_ids"]
+    """Run the backbone over ``data``, longest rows first, with a progress bar.
+
+    Args:
+        backbone: on the device to compute on.
+        tokenizer: the backbone's.
+        data: rows.
+        max_tokens: longer rows are cut.
+        exit_layers: after which layers an early exit is to be trained.
+        overflow: folder for prefill states that do not fit into memory.
+
+    Raises:
+        ValueError: when they fit nowhere.
+    """
+    device = next(backbone.classifier.parameters(), torch.empty(0)).device
+    encoded = _tokenize(tokenizer, data, max_tokens)
+    ids, types = encoded["input_ids"], encoded.get("token_type_ids")
     lengths = torch.tensor([len(row) for row in ids])
-    starts = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)])
-    size = backbone.config.hidden_size
-    hidden = torch.empty(int(starts[-1]), size)
+    starts = lengths.cumsum(0) - lengths
+    size = backbone.hidden_size
+    hidden = _buffer(int(lengths.sum()), size, overflow)
     vectors = torch.empty(len(ids), size)
+    exits = torch.empty(len(ids), len(exit_layers), 2, size)
     order = np.argsort(-lengths.numpy(), kind="stable")
     batches, begin = [], 0
     while begin < len(order):
         step = max(1, TOKENS_PER_BATCH // int(lengths[order[begin]]))
         batches.append(order[begin : begin + step])
         begin += step
-    for batch in track(batches, f"backbone over {len(ids):,} rows"):
-        padded = torch.zeros(len(batch), int(lengths[batch[0]]), dtype=torch.long)
-        for row, index in enumerate(batch):
-            padded[row, : len(ids[index])] = torch.tensor(ids[index])
-        low = backbone.lower(padded)
-        index = torch.from_numpy(batch)
-        vectors[index] = pooled_rows(backbone.upper(low), lengths[index])
-        for row, own in enumerate(batch):
-            hidden[starts[own] : starts[own + 1]] = low[row, : lengths[own]]
-    return Features(hidden, starts, vectors, backbone.head(vectors), torch.tensor(data.labels))
+    seen: dict[int, Tensor] = {}
+    with ExitStack() as stack:
+        for layer in exit_layers:
+            hook = _keep(seen, layer)
+            stack.callback(backbone.layers[layer - 1].register_forward_hook(hook).remove)
+        for batch in track(
+            batches, f"backbone over {len(ids):,} rows", console=Console(stderr=True)
+        ):
+            index = torch.from_numpy(batch)
+            own = lengths[index].to(device)
+            low = backbone.lower(
+                _pad(ids, batch, device), own, None if types is None else _pad(types, batch, device)
+            )
+            last = rows_at(backbone.upper(low, own), backbone.output_position(own))
+            vectors[index] = last.float().cpu()
+            position = backbone.pooled_position(own)
+            for place, layer in enumerate(exit_layers):
+                exits[index, place] = skip_state(seen[layer], own, position).float().cpu()
+            low = low.float().cpu()
+            for row, i in enumerate(batch):
+                hidden[starts[i] : starts[i] + lengths[i]] = low[row, : lengths[i]]
+    logits = backbone.head(vectors.to(device)).float().cpu()
+    return Features(hidden, starts, lengths, vectors, logits, torch.tensor(data.labels), exits)
+
+
+def _keep(seen: dict[int, Tensor], layer: int) -> Any:
+    def hook(module: Any, args: Any, output: Any) -> None:
+        seen[layer] = output[0] if isinstance(output, tuple) else output
+
+    return hook
+
+
+def _tokenize(tokenizer: Any, data: LabelledText, max_tokens: int) -> Any:
+    texts: list[list[str]]
+    if isinstance(data.texts[0], tuple):
+        texts = [list(side) for side in zip(*data.texts, strict=True)]
+    else:
+        texts = [list(map(str, data.texts))]
+    return tokenizer(*texts, truncation=True, max_length=max_tokens)
+
+
+def _pad(rows: list[list[int]], batch: Any, device: torch.device) -> Tensor:
+    parts = [torch.tensor(rows[i]) for i in batch]
+    return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True).to(device)
+
+
+def _buffer(rows: int, size: int, overflow: Path | None) -> Tensor:
+    """Room for float32 (rows, size): in memory if half of what is free will do, else in a file."""
+    num_bytes = 4 * rows * size
+    if overflow is None or num_bytes < psutil.virtual_memory().available / 2:
+        return torch.empty(rows, size)
+    overflow.mkdir(parents=True, exist_ok=True)
+    if num_bytes > shutil.disk_usage(overflow).free:
+        raise ValueError(
+            f"prefill states of {rows:,} tokens take {num_bytes / 1e9:.1f} GB, which neither "
+            f"memory nor {overflow} has; train on fewer rows, or on a disk with room"
+        )
+    path = str(overflow / f"prefill-{rows}.bin")
+    return torch.from_file(path, shared=True, size=rows * size).view(rows, size)

@@ -1,46 +1,93 @@
-"""Train a ladder of adapters, and beside it the early exit that it has to beat."""
+"""Train a ladder of adapters, and beside it the early exits that it has to beat."""
 
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
 from revmux_vllm.adapters import AdapterLadder
-from revmux_vllm.backbones import LlamaBackbone
-from revmux_vllm.reference import demultiplex, multiplex, skip_state
+from revmux_vllm.backbones import Backbone
+from revmux_vllm.reference import demultiplex, multiplex, streams_of
 from revmux_vllm.training.features import Features
-from revmux_vllm.training.losses import answer_loss, random_groups, vector_loss
+from revmux_vllm.training.losses import (
+    answer_loss,
+    info_nce,
+    random_groups,
+    stream_similarity,
+    vector_loss,
+)
+
+LOG_FILE = "log.jsonl"
+OPTIONS_FILE = "options.json"
 
 
-class EarlyExit(nn.Module):
-    """The rival: three linear layers on what the prefill layers know (docs/measurements.md)."""
+@dataclass(frozen=True)
+class Recipe:
+    """How to train. ``RECIPES`` has the named ones.
 
-    def __init__(self, hidden_size: int, inner_size: int, num_labels: int) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.RMSNorm(hidden_size, eps=1e-6),
-            nn.Flatten(-2),
-            nn.Linear(2 * hidden_size, inner_size),
-            nn.ReLU(),
-            nn.Linear(inner_size, inner_size),
-            nn.ReLU(),
-            nn.Linear(inner_size, num_labels),
-        )
+    Attributes:
+        learning_rate: peak, after the warm-up.
+        schedule: of the learning rate, by transformers' name.
+        batch_size: sequences per step and device.
+        epochs: passes over the rows and their copies.
+        copies: unlabelled spliced copies per row (``data.spliced_copies``).
+        skip: whether the adapters have the skip connection. Then every member is answered twice in
+            training, with it and without: with it always there composites come to be ignored.
+        paper_loss: cross-entropy, InfoNCE and stream similarity as the reference code has them;
+            otherwise distilled answers and vectors.
+    """
 
-    def forward(self, skip: Tensor) -> Tensor:
-        """Prefill states (B, 2, D) to logits (B, C)."""
-        return self.layers(skip)
+    learning_rate: float
+    schedule: str
+    batch_size: int
+    epochs: float
+    copies: float
+    skip: bool
+    paper_loss: bool
+
+
+RECIPES = {
+    "default": Recipe(1e-3, "cosine", 64, 2.0, 1.0, True, False),
+    "paper": Recipe(2e-5, "linear", 32, 10.0, 0.0, False, True),
+}
 
 
 class LadderModel(nn.Module):
-    """What ``Trainer`` trains: the loss of every width, and of the early exit, on one batch."""
+    """What ``Trainer`` trains: the loss of every width, and of every early exit, on one batch.
 
-    def __init__(self, backbone: LlamaBackbone, ladder: AdapterLadder, early: EarlyExit) -> None:
+    The frozen backbone is used but is not a submodule: it is neither saved nor wrapped.
+
+    Args:
+        backbone: cut as ``ladder`` wants it.
+        ladder: the adapters.
+        exits: one head per layer of ``Features.exits``, in that order, by the layer's number.
+        paper_loss: see ``Recipe``.
+    """
+
+    def __init__(
+        self, backbone: Backbone, ladder: AdapterLadder, exits: nn.ModuleDict, paper_loss: bool
+    ) -> None:
         super().__init__()
-        self.backbone, self.ladder, self.early = backbone, ladder, early
+        self.ladder, self.exits = ladder, exits
+        self.paper_loss = paper_loss
+        self._frozen = (backbone,)
+        # The paper's weights of InfoNCE: BERT, and LLaMA and T5.
+        self.nce_weight = 0.25 if backbone.config.model_type == "bert" else 0.5
+
+    @property
+    def backbone(self) -> Backbone:
+        return self._frozen[0]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LadderModel":
+        self.backbone._apply(fn)  # type: ignore[no-untyped-call]  # goes where the adapters go
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def forward(
         self,
@@ -49,101 +96,203 @@ class LadderModel(nn.Module):
         labels: Tensor,
         teacher_vectors: Tensor,
         teacher_logits: Tensor,
+        exit_states: Tensor,
     ) -> dict[str, Tensor]:
-        """Loss of a padded batch; shapes as in ``Features``, ``hidden`` (B, T, D)."""
+        """Losses of a padded batch; shapes as in ``Features``, ``hidden`` (B, T, D)."""
         adapters = self.ladder.items()
-        groups = [random_groups(lengths, width) for width, _ in adapters]
+        groups = [self._groups(lengths, width) for width, _ in adapters]
         composites = [
             multiplex(adapter, hidden[group], lengths[group])
             for (_, adapter), group in zip(adapters, groups, strict=True)
         ]
-        outs = self.backbone.upper(torch.cat(composites)).split([len(c) for c in composites])
-        loss = answer_loss(self.early(skip_state(hidden, lengths)), labels, teacher_logits)
-        for (_, adapter), group, out in zip(adapters, groups, outs, strict=True):
-            vectors = demultiplex(adapter, out, hidden[group], lengths[group]).flatten(0, 1)
-            rows = group.flatten()
-            loss = loss + answer_loss(
-                self.backbone.head(vectors), labels[rows], teacher_logits[rows]
+        sizes = [len(composite) for composite in composites]
+        longest = torch.cat([lengths[group[:, 0]] for group in groups])
+        outs = self.backbone.upper(torch.cat(composites), longest).split(sizes)
+        losses = {}
+        for (width, adapter), group, out in zip(adapters, groups, outs, strict=True):
+            own, own_lengths, rows = hidden[group], lengths[group], group.flatten()
+            target = labels[rows], teacher_logits[rows], teacher_vectors[rows]
+            ways = (True, False) if self.ladder.config.skip and self.training else (True,)
+            parts = [
+                self._member_loss(
+                    demultiplex(self.backbone, adapter, out, own, own_lengths, way), *target
+                )
+                for way in ways
+            ]
+            losses[f"loss_width_{width}"] = torch.stack(parts).mean()
+            if self.paper_loss:
+                streams = streams_of(adapter, own, own_lengths)
+                losses[f"loss_streams_{width}"] = stream_similarity(streams)
+        for place, (layer, head) in enumerate(self.exits.items()):
+            losses[f"loss_exit_{layer}"] = answer_loss(
+                head(exit_states[:, place]), labels, teacher_logits
             )
-            loss = loss + vector_loss(vectors, teacher_vectors[rows])
-        return {"loss": loss}
+        return {"loss": torch.stack(list(losses.values())).sum()} | losses
+
+    def _member_loss(
+        self, vectors: Tensor, labels: Tensor, teacher_logits: Tensor, teacher_vectors: Tensor
+    ) -> Tensor:
+        vectors = vectors.flatten(0, 1)  # (G*N, D)
+        logits = self.backbone.head(vectors)
+        if self.paper_loss:
+            own = answer_loss(logits, labels, teacher_logits, label_share=1.0)
+            return own + self.nce_weight * info_nce(vectors, teacher_vectors)
+        return answer_loss(logits, labels, teacher_logits) + vector_loss(vectors, teacher_vectors)
+
+    def _groups(self, lengths: Tensor, width: int) -> Tensor:
+        """Random in training; while measuring the same every time."""
+        with torch.random.fork_rng(enabled=not self.training):
+            if not self.training:
+                torch.manual_seed(0)
+            return random_groups(lengths, width)
+
+
+class JsonLines(TrainerCallback):
+    """One JSON object per report of the trainer."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Append it; the main process alone."""
+        if state.is_world_process_zero:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": state.global_step} | logs) + "\n")
+
+
+def unfinished(work: Path) -> Path | None:
+    """The last complete trainer checkpoint under ``work``: its state is what is written last."""
+    found = [path.parent for path in work.glob("checkpoint-*/trainer_state.json")]
+    return max(found, key=lambda path: int(path.name.split("-")[1]), default=None)
+
+
+def begin(work: Path, options: dict[str, Any], resume: bool) -> None:
+    """Check that a training can start, or go on, in ``work``, and note its ``options`` there.
+
+    Raises:
+        ValueError: an unfinished training stands in the way, or there is none to resume, or it was
+            begun with other options.
+    """
+    path = work / OPTIONS_FILE
+    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if resume:
+        if before is None:
+            raise ValueError(f"--resume: no unfinished training in {work}; leave --resume out")
+        changed = [f"{k} was {before.get(k)!r}" for k in options if options[k] != before.get(k)]
+        if changed:
+            raise ValueError(f"--resume: begun with other options: {'; '.join(changed)}")
+        return
+    if unfinished(work):
+        raise ValueError(
+            f"{work}: an unfinished training; continue it with --resume, or remove that folder"
+        )
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    path.write_text(json.dumps(options), encoding="utf-8")
 
 
 def train(
-    backbone: LlamaBackbone,
+    backbone: Backbone,
     ladder: AdapterLadder,
-    early: EarlyExit,
+    exits: nn.ModuleDict,
     features: Features,
-    output: Path,
+    held_out: Features | None,
+    work: Path,
+    recipe: Recipe,
     *,
-    epochs: float,
-    learning_rate: float,
-    batch_size: int,
-    skip_dropout: float,
     seed: int,
+    evaluations: int = 8,
+    patience: int = 3,
+    bf16: bool = False,
+    gradient_accumulation: int = 1,
 ) -> None:
-    """Train ``ladder`` and ``early`` in place; the backbone stays as it is.
+    """Train ``ladder`` and ``exits`` in place; the backbone stays as it is.
 
     Batches hold rows of similar length, as the packing serves them; the lengths that they are
     sorted by are blurred, so that unequal partners are met as well.
+
+    Args:
+        backbone: frozen.
+        ladder: adapters to train.
+        exits: early exits to train, one per layer of ``features.exits``.
+        features: rows to train on.
+        held_out: rows that choose the best of the checkpoints and stop the training when it no
+            longer gets better; None: train to the end.
+        work: folder of checkpoints and log; what ``unfinished`` finds there is continued.
+        recipe: how.
+        seed: of everything random.
+        evaluations: how often ``held_out`` is asked and a checkpoint is kept.
+        patience: evaluations without progress until it stops.
+        bf16: automatic mixed precision.
+        gradient_accumulation: batches per step.
     """
-    for _, adapter in ladder.items():
-        adapter.skip_dropout = skip_dropout
-    noise = torch.empty(len(features)).uniform_(0.7, 1.4)
-    rows = Dataset.from_dict(
-        {
-            "row": list(range(len(features))),
-            "length": (features.lengths * noise).long().tolist(),
-        }
-    )
+
+    def rows_of(own: Features) -> Dataset:
+        noise = torch.empty(len(own)).uniform_(0.7, 1.4)
+        return Dataset.from_dict(
+            {
+                "row": list(range(len(own))),
+                "length": (own.lengths * noise).long().tolist(),
+                "held_out": [own is held_out] * len(own),
+            }
+        )
 
     def collate(batch: list[dict[str, int]]) -> dict[str, Tensor]:
+        own = held_out if batch[0]["held_out"] else features
+        assert own is not None
         index = torch.tensor([example["row"] for example in batch])
         return {
-            "hidden": features.padded(index),
-            "lengths": features.lengths[index],
-            "labels": features.labels[index],
-            "teacher_vectors": features.vectors[index],
-            "teacher_logits": features.logits[index],
+            "hidden": own.padded(index),
+            "lengths": own.lengths[index],
+            "labels": own.labels[index],
+            "teacher_vectors": own.vectors[index],
+            "teacher_logits": own.logits[index],
+            "exit_states": own.exits[index],
         }
 
+    steps_per_epoch = max(1, len(features) // (recipe.batch_size * gradient_accumulation))
+    every = max(1, round(recipe.epochs * steps_per_epoch / evaluations))
     arguments: dict[str, Any] = {"train_sampling_strategy": "group_by_length"}
-    Trainer(
-        model=LadderModel(backbone, ladder, early),
+    if held_out is not None:
+        arguments |= {
+            "eval_strategy": "steps",
+            "eval_steps": every,
+            "load_best_model_at_end": True,
+            "metric_for_best_model": "eval_loss",
+        }
+    trainer = Trainer(
+        model=LadderModel(backbone, ladder, exits, recipe.paper_loss),
         args=TrainingArguments(
-            output_dir=str(output),
-            num_train_epochs=epochs,
-            learning_rate=learning_rate,
-            lr_scheduler_type="cosine",
+            output_dir=str(work),
+            num_train_epochs=recipe.epochs,
+            learning_rate=recipe.learning_rate,
+            lr_scheduler_type=recipe.schedule,
             warmup_steps=0.06,
             weight_decay=0.01,
-            per_device_train_batch_size=batch_size,
+            per_device_train_batch_size=recipe.batch_size,
+            per_device_eval_batch_size=min(recipe.batch_size, len(held_out or features)),
+            gradient_accumulation_steps=gradient_accumulation,
+            bf16=bf16,
             dataloader_drop_last=True,
+            dataloader_pin_memory=torch.cuda.is_available(),
             remove_unused_columns=False,
-            save_strategy="no",
+            label_names=["labels"],
+            prediction_loss_only=True,
+            save_strategy="steps",
+            save_steps=every,
+            save_total_limit=2,
             logging_steps=50,
             report_to=[],
             seed=seed,
             **arguments,
         ),
-        train_dataset=rows,
+        train_dataset=rows_of(features),
+        eval_dataset=None if held_out is None else rows_of(held_out),
         data_collator=collate,
-    ).train()
+        callbacks=[JsonLines(work / LOG_FILE)]
+        + ([EarlyStoppingCallback(patience)] if held_out is not None else []),
+    )
+    last = unfinished(work)
+    trainer.train(resume_from_checkpoint=str(last) if last else None)
     ladder.eval()
-    early.eval()
-
-
-@torch.no_grad()
-def measure_exit(early: EarlyExit, features: Features, prefill_layers: int) -> dict[str, Any]:
-    """Accuracy and agreement of the early exit, as in the report of ``revmux eval``."""
-    answers = []
-    for index in torch.arange(len(features)).split(256):
-        state = skip_state(features.padded(index), features.lengths[index])
-        answers.append(early(state).argmax(-1))
-    answer = torch.cat(answers)
-    own = features.logits.argmax(-1)
-    return {
-        "prefill_layers": prefill_layers,
-        "accuracy": (answer == features.labels).float().mean().item(),
-        "agreement": (answer == own).float().mean().item(),
-    }
+    exits.eval()

@@ -12,7 +12,7 @@ import torch
 from conftest import RecordingEngine, random_prompts
 
 from revmux_vllm import checkpoint
-from revmux_vllm.backbones import LlamaBackbone
+from revmux_vllm.backbones import load_backbone
 from revmux_vllm.reference import classify
 
 BATCHES = [(0, 1), (1, 5), (2, 64), (3, 31), (4, 64), (5, 2)]  # seed, requests
@@ -24,7 +24,7 @@ BFLOAT16_TOLERANCE = 0.15
 
 @pytest.fixture(scope="module")
 def reference(tiny_checkpoint: Path) -> Callable[..., torch.Tensor]:
-    backbone = LlamaBackbone.from_folder(tiny_checkpoint, prefill_layers=1)
+    backbone = load_backbone(tiny_checkpoint, prefill_layers=1)
     ladder = checkpoint.load_adapters(tiny_checkpoint)
 
     def probabilities(prompts: list[list[int]], groups: list[tuple[int, ...]]) -> torch.Tensor:

@@ -24,7 +24,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from revmux_vllm import checkpoint
 from revmux_vllm.adapters import AdapterLadder
-from revmux_vllm.backbones import LlamaBackbone
+from revmux_vllm.backbones import load_backbone
 from revmux_vllm.config import RevMuxConfig
 from revmux_vllm.local_server import LocalServer
 from revmux_vllm.reference import classify
@@ -79,7 +79,7 @@ class Known:
             [rng.randrange(1, VOCAB_SIZE) for _ in range(rng.randint(1, 40))] for _ in range(count)
         ]
         self.texts = [" ".join(f"w{token}" for token in prompt) for prompt in self.prompts]
-        backbone = LlamaBackbone.from_folder(folder, 1)
+        backbone = load_backbone(folder, 1)
         ladder = checkpoint.load_adapters(folder)
         by_length = sorted(range(count), key=lambda i: -len(self.prompts[i]))
         self.labels: list[set[str]] = [set() for _ in range(count)]

@@ -1,43 +1,127 @@
 """Every mistake in a file is named with its row before training starts."""
 
+import json
 from pathlib import Path
+from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
+from datasets import Dataset
 
-from revmux_vllm.training.data import read_tsv
+from revmux_vllm.training import data
+from revmux_vllm.training.losses import UNLABELLED
+
+NAMES = ["negative", "positive"]
 
 
-def write(tmp_path: Path, content: str | bytes) -> Path:
-    path = tmp_path / "rows.tsv"
+def write(tmp_path: Path, content: str | bytes, suffix: str = ".tsv") -> Path:
+    path = tmp_path / f"rows{suffix}"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     return path
 
 
 def test_single_texts_and_pairs(tmp_path: Path) -> None:
-    single = read_tsv(write(tmp_path, 'label\ttext\n1\tfine\n0\t"odd" quote\n'), 2)
-    assert (single.texts, single.labels) == (["fine", '"odd" quote'], [1, 0])
-    pair = read_tsv(write(tmp_path, "label\ttext_a\ttext_b\n1\ta\tb\n0\tc\td\n"), 2)
-    assert pair.texts == [("a", "b"), ("c", "d")]
+    rows = data.read_rows(write(tmp_path, 'label\ttext\n1\tfine\n0\t"odd" quote\n'), NAMES)
+    assert (rows.texts, rows.labels) == (["fine", '"odd" quote'], [1, 0])
+    rows = data.read_rows(write(tmp_path, "label\ttext_a\ttext_b\n1\ta\tb\n0\tc\td\n"), NAMES)
+    assert rows.texts == [("a", "b"), ("c", "d")]
+
+
+def test_every_format_gives_the_same_rows(tmp_path: Path) -> None:
+    texts, labels = ['one, "two"\nthree', "four"], ["positive", "negative"]
+    path = tmp_path / "rows.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts, "label": labels}), path)
+    lines = [json.dumps({"text": t, "label": n}) for t, n in zip(texts, labels, strict=True)]
+    csv = 'text,label\n"one, ""two""\nthree",positive\nfour,negative\n'
+    for source in (
+        path,
+        write(tmp_path, "\n".join(lines), ".jsonl"),
+        write(tmp_path, csv, ".csv"),
+    ):
+        assert data.read_rows(source, NAMES) == data.LabelledText(texts, [1, 0])
+
+
+def test_a_hub_data_set_by_name_config_and_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub itself cannot be asked here; what stands in for it is a real ``Dataset``."""
+    asked: list[Any] = []
+
+    def load_dataset(*args: Any, **kwargs: Any) -> Dataset:
+        asked.append((args, kwargs))
+        return Dataset.from_dict({"body": ["a", "b"], "answer": [0, 1]})
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    rows = data.read_rows("glue:sst2:train", NAMES, text_columns=["body"], label_column="answer")
+    assert rows == data.LabelledText(["a", "b"], [0, 1])
+    assert asked == [(("glue", "sst2"), {"split": "train"})]
+
+
+def test_without_a_label_column_rows_are_unlabelled(tmp_path: Path) -> None:
+    path = write(tmp_path, "text\nfine\nbad\n")
+    assert data.read_rows(path, NAMES).labels == [UNLABELLED, UNLABELLED]
+    with pytest.raises(ValueError, match="expected the columns label or labels; found text"):
+        data.read_rows(path, NAMES, need_labels=True)
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("text\nfine\n", r"row 1: expected the columns .* found \['text'\]"),
-        ("", "row 1: expected the columns"),
+        ("label\tbody\n1\tfine\n", "row 1: expected the columns text or .* found label, body"),
+        ("", "row 1: expected the columns .* found nothing"),
+        ("label\ttext\n", "no rows below the header"),
         ("label\ttext\n1\tfine\tmore\n", "row 2: expected 2 fields, found 3"),
         ("label\ttext\n1\tfine\n2\tfine\n", "row 3: label '2': expected an integer from 0 to 1"),
-        ("label\ttext\npositive\tfine\n", "row 2: label 'positive'"),
+        ("label\ttext\ngood\tfine\n", "row 2: label 'good': .* negative, positive"),
+        ("label\ttext\n1\tfine\nnegative\tbad\n", "row 3: label 'negative': mixed label types"),
         ("label\ttext\n1\t \n", "row 2: empty text"),
-        ("label\ttext\n1\tfine\n1\tgood\n", "at least two classes"),
+        ("label\ttext\n1\tfine\n1\tgood\n", "all 2 rows have the label 'positive'"),
         (b"label\ttext\n1\t\xff\xfe\n", "not UTF-8 at byte 13"),
     ],
 )
 def test_mistakes_are_named(tmp_path: Path, content: str | bytes, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        read_tsv(write(tmp_path, content), 2)
+        data.read_rows(write(tmp_path, content), NAMES)
 
 
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("suffix", "content", "message"),
+    [
+        (".jsonl", '{"text": "a", "label": 0}\n{"text": "b"}\n', "row 2: missing label"),
+        (".jsonl", '{"text": "a", "label": 0}\nnonsense\n', "row 2: not JSON"),
+        (".jsonl", '{"text": "a", "label": 0}\n[1]\n', r"row 2: expected an object, found '\[1\]'"),
+        (".jsonl", '{"text": "a", "label": true}\n', "row 1: label True: expected an integer"),
+        (".jsonl", '{"text": 3, "label": 1}\n', "row 1: empty text"),
+        (".csv", "label,text\n0,a\n1,b,c\n", "row 3: expected 2 fields, found 3"),
+        (".parquet", "nonsense", "not a Parquet file"),
+        (".xlsx", "nonsense", "expected a file ending in .tsv, .csv, .jsonl, .parquet"),
+    ],
+)
+def test_mistakes_of_other_formats(tmp_path: Path, suffix: str, content: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        data.read_rows(write(tmp_path, content, suffix), NAMES)
+
+
+def test_missing_sources_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no such file"):
-        read_tsv(tmp_path / "nothing.tsv", 2)
+        data.read_rows(tmp_path / "nothing.tsv", NAMES)
+    path = write(tmp_path, "label\ttext\n1\tfine\n")
+    with pytest.raises(ValueError, match=r"expected the columns a and b; .*with --text-columns"):
+        data.read_rows(path, NAMES, text_columns=["a", "b"])
+
+
+def test_copies_are_unlabelled_and_keep_the_first_text_of_a_pair() -> None:
+    pairs = data.LabelledText([("p", "one two three"), ("q", "four five six")], [0, 1])
+    copies = data.spliced_copies(pairs, 2.0, seed=0)
+    assert copies.labels == [UNLABELLED] * 4
+    assert [text[0] for text in copies.texts] == ["p", "q", "p", "q"]
+    words = set(["one", "two", "three", "four", "five", "six"])
+    assert all(set(text[1].split()) <= words for text in copies.texts)
+    assert copies == data.spliced_copies(pairs, 2.0, seed=0)
+
+
+def test_rows_are_held_out_once() -> None:
+    kept, held = data.split_rows(1000, 0.1, seed=0)
+    assert sorted(kept + held) == list(range(1000))
+    assert len(held) == 100
+    assert len(data.split_rows(1000, 0.01, seed=0)[1]) == 64
+    assert data.split_rows(1000, 0, seed=0)[1] == []

@@ -1,74 +1,66 @@
-"""``revmux train`` and ``revmux eval``, as a user runs them, on a tiny backbone."""
+"""``revmux train`` as a user runs it, on tiny backbones."""
 
 import json
-import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from conftest import random_prompts
+from conftest import Train, write_rows
 from safetensors.torch import load_file
-from typer.testing import CliRunner
 
 from revmux_vllm import checkpoint
-from revmux_vllm.backbones import LlamaBackbone
-from revmux_vllm.cli import app
-from revmux_vllm.reference import classify
-from revmux_vllm.training.evaluate import groupings, predict
-from revmux_vllm.training.features import Features
-from revmux_vllm.training.losses import random_groups
+from revmux_vllm.training import trainer
+from revmux_vllm.training.exits import EXIT_FILE, exit_layers
 
-runner = CliRunner()
-
-
-def write_rows(path: Path, count: int, seed: int) -> Path:
-    """Texts whose label is whether the word w7 stands in them."""
-    rng = random.Random(seed)
-    lines = ["label\ttext"]
-    for i in range(count):
-        words = [f"w{rng.randrange(10, 300)}" for _ in range(rng.randint(2, 12))]
-        if i % 2:
-            words[rng.randrange(len(words))] = "w7"
-        lines.append(f"{i % 2}\t{' '.join(words)}")
-    path.write_text("\n".join(lines) + "\n")
-    return path
+WB = ("weight", "bias")
+UP = {f"up.{i}.{p}" for i in (0, 2, 4) for p in WB}
+MIXED = {"norm.weight", "down", "scale"} | {
+    f"coupling.functions.{i}.{j}.{p}" for i in range(4) for j in (0, 2) for p in WB
+}
+KEYS = {
+    "revmux": MIXED | UP,
+    "ora": MIXED | UP,
+    "vanilla": {"norm.weight"}
+    | UP
+    | {f"maps.{i}.{p}" for i in range(4) for p in WB}
+    | {f"mixer.{i}.{p}" for i in (0, 2) for p in WB},
+}
 
 
-@pytest.fixture(scope="module")
-def trained(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("train")
-    backbone = tiny_checkpoint.parent / "backbone"
-    before = (backbone / "model.safetensors").read_bytes()
-    arguments = f"""train --backbone {backbone} --train {write_rows(root / "train.tsv", 256, 0)}
-        --eval {write_rows(root / "dev.tsv", 64, 1)} --output {root / "out"} --widths 2,4
-        --prefill-layers 1 --epochs 2 --batch-size 32 --adapter-hidden-size 24 --bundle-backbone
-        --store-dtype bfloat16"""
-    result = runner.invoke(app, arguments.split())
-    assert result.exit_code == 0, result.output
-    assert "width 4" in result.output
-    assert (backbone / "model.safetensors").read_bytes() == before
-    return root / "out"
+def keys_of_width_4(folder: Path) -> set[str]:
+    keys = load_file(folder / checkpoint.ADAPTER_FILE)
+    return {k.removeprefix("revmux.4.") for k in keys if k.startswith("revmux.4.")}
 
 
 def test_the_folder_is_a_checkpoint(trained: Path) -> None:
     assert checkpoint.validate(trained).widths == (2, 4)
     tensors = load_file(trained / checkpoint.ADAPTER_FILE)
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
-    assert {key.removeprefix("revmux.4.") for key in tensors if key.startswith("revmux.4.")} == {
-        "norm.weight",
-        "skip_norm.weight",
-        "down",
-        "scale",
-        *(f"coupling.functions.{i}.{j}.{p}" for i in range(4) for j in (0, 2) for p in WB),
-        *(f"up.{i}.{p}" for i in (0, 2, 4) for p in WB),
+    assert keys_of_width_4(trained) == KEYS["revmux"] | {"skip_norm.weight"}
+    card = (trained / "README.md").read_text()
+    assert "early exit after layer 1" in card
+    assert checkpoint.read_report(trained)["widths"].keys() == {"2", "4"}
+    assert (trained / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+    log = [json.loads(line) for line in (trained / "training-log.jsonl").read_text().splitlines()]
+    assert any("eval_loss" in line for line in log)
+    assert not (trained / "trainer").exists()
+    # vLLM reads every safetensors file at the top of a folder.
+    assert (trained / EXIT_FILE).is_file()
+    assert {p.name for p in trained.glob("*.safetensors")} == {
+        "model.safetensors",
+        "adapter.safetensors",
     }
-    assert "early exit after layer 1" in (trained / "README.md").read_text()
 
 
-WB = ("weight", "bias")
+def test_the_backbone_is_bitwise_unchanged(trained: Path) -> None:
+    before = load_file(trained.parent / "backbone" / "model.safetensors")
+    after = load_file(trained / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
 
 
-def test_every_adapter_parameter_has_moved(trained: Path, tiny_checkpoint: Path) -> None:
+def test_every_adapter_parameter_has_moved(trained: Path) -> None:
     """A part that gets no gradient would stay at its initial value."""
     state = checkpoint.load_adapters(trained, torch.float32).state_dict()
     for key, tensor in state.items():
@@ -78,15 +70,68 @@ def test_every_adapter_parameter_has_moved(trained: Path, tiny_checkpoint: Path)
             assert tensor.abs().max() > 0, key
 
 
-def test_eval_prints_one_json_object(trained: Path, tmp_path: Path) -> None:
-    rows = write_rows(tmp_path / "dev.tsv", 64, 1)
-    result = runner.invoke(app, ["eval", str(trained), "--eval", str(rows), "--json"])
+@pytest.mark.parametrize("adapter_type", list(KEYS))
+def test_the_papers_recipe_with_the_papers_adapters(
+    adapter_type: str, train: Train, tmp_path: Path
+) -> None:
+    result = train(f"--recipe paper --adapter-type {adapter_type} --epochs 1")
     assert result.exit_code == 0, result.output
-    report = json.loads(result.stdout)
-    assert set(report) == {"backbone", "widths"}
-    assert report["widths"]["4"]["prefill_layers"] == 1
-    accuracy = report["widths"]["2"]["accuracy"]
-    assert accuracy["min"] <= accuracy["mean"] <= accuracy["max"]
+    assert keys_of_width_4(tmp_path / "out") == KEYS[adapter_type]
+    config = checkpoint.validate(tmp_path / "out")
+    assert (config.adapter_type, config.skip) == (adapter_type, False)
+
+
+@pytest.mark.parametrize(
+    ("family", "words"),
+    [("bert", ""), ("mistral", ""), ("qwen3", "w8,w7"), ("t5", "w8,w7")],
+)
+def test_every_family_trains(family: str, words: str, train: Train, tmp_path: Path) -> None:
+    dev = write_rows(tmp_path / "dev.tsv", 32, 1)
+    more = f"--eval {dev}" + (f" --label-words {words}" if words else "")
+    result = train(more, family, language_model=bool(words))
+    assert result.exit_code == 0, result.output
+    config, values = checkpoint.read_config(tmp_path / "out")
+    assert values["architectures"] == [checkpoint.ARCHITECTURES[family]]
+    assert config.label_words == (tuple(words.split(",")) if words else None)
+
+
+def test_unlabelled_rows_are_enough(train: Train, tmp_path: Path) -> None:
+    write_rows(tmp_path / "train.tsv", 160, 0, labels=False)
+    assert train().exit_code == 0
+
+
+def test_an_interrupted_training_resumes(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped in its middle and continued: the same steps as in one go, none of them twice."""
+
+    def evaluated() -> list[int]:
+        log = (tmp_path / "out" / "training-log.jsonl").read_text().splitlines()
+        return [json.loads(line)["step"] for line in log if "eval_loss" in line]
+
+    whole = train("--epochs 2 --hold-out 0.3")
+    assert whole.exit_code == 0, whole.output
+    expected = evaluated()
+    finished = (tmp_path / "out" / checkpoint.ADAPTER_FILE).read_bytes()
+
+    def interrupt(self: Any, args: Any, state: Any, *more: Any, **kwargs: Any) -> None:
+        if state.global_step == 9:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.JsonLines, "on_step_end", interrupt, raising=False)
+        stopped = train("--epochs 2 --hold-out 0.3")
+    assert stopped.exit_code == 2
+    assert "interrupted" in stopped.output
+    assert (tmp_path / "out" / checkpoint.ADAPTER_FILE).read_bytes() == finished
+    assert "continue it with --resume" in train("--epochs 2 --hold-out 0.3").output
+    other = train("--epochs 2 --hold-out 0.3 --learning-rate 0.1 --resume")
+    assert "begun with other options: learning_rate was 0.001" in " ".join(other.output.split())
+    resumed = train("--epochs 2 --hold-out 0.3 --resume")
+    assert resumed.exit_code == 0, resumed.output
+    assert evaluated() == expected
+    nothing = train("--epochs 2 --hold-out 0.3 --resume")
+    assert "no unfinished training" in nothing.output
 
 
 @pytest.mark.parametrize(
@@ -95,47 +140,29 @@ def test_eval_prints_one_json_object(trained: Path, tmp_path: Path) -> None:
         ("--widths 2,5", "5 does not divide"),
         ("--widths two", "expected integers such as 2,4,8"),
         ("--prefill-layers 4", "fewer than the backbone's 4 layers"),
-        ("--batch-size 30 --widths 4", "a multiple of the widest width"),
-        ("--backbone nowhere", "expected a folder with a config.json"),
+        ("--batch-size 3", "at least the widest width 4 and at most"),
+        ("--batch-size 500", "at most the"),
+        ("--backbone nowhere", "neither a folder with a config.json nor a model of the hub"),
         ("--train nowhere.tsv", "no such file"),
-        ("--store-dtype int8", "expected float32, bfloat16 or float16"),
+        ("--eval nowhere.tsv", "no such file"),
+        ("--store-dtype int8", "expected float32, bfloat16, float16"),
+        ("--adapter-type best", "expected one of revmux, ora, vanilla"),
+        ("--recipe secret", "expected default or paper"),
+        ("--hold-out 1", "from 0 to below 1"),
+        ("--label-words w3", "at least two different words"),
+        ("--label-words w3,w4", "not a trained LlamaForCausalLM: no weights for lm_head.weight"),
     ],
 )
 def test_mistakes_end_with_a_clear_error(
-    tiny_checkpoint: Path, tmp_path: Path, change: str, message: str
+    train: Train, tmp_path: Path, change: str, message: str
 ) -> None:
-    rows = write_rows(tmp_path / "rows.tsv", 64, 0)
-    arguments = f"""train --backbone {tiny_checkpoint.parent / "backbone"} --train {rows}
-        --output {tmp_path / "out"} {change}"""
-    result = runner.invoke(app, arguments.split())
-    assert result.exit_code == 2
+    result = train(change)
+    assert result.exit_code == 2, result.output
     assert message in " ".join(result.output.split())
     assert not (tmp_path / "out").exists()
 
 
-@torch.no_grad()
-def test_batched_prediction_equals_the_reference(tiny_checkpoint: Path) -> None:
-    """Evaluation pads many composites together; the reference runs them one by one."""
-    backbone = LlamaBackbone.from_folder(tiny_checkpoint, 1)
-    ladder = checkpoint.load_adapters(tiny_checkpoint)
-    prompts = random_prompts(3, 40, longest=60)
-    hidden = [backbone.lower(torch.tensor([prompt]))[0] for prompt in prompts]
-    vectors = torch.stack([backbone.upper(h[None])[0, -1] for h in hidden])
-    starts = torch.tensor([0, *(len(h) for h in hidden)]).cumsum(0)
-    features = Features(
-        torch.cat(hidden), starts, vectors, backbone.head(vectors), torch.zeros(40).long()
-    )
-    groups = next(groupings([len(p) for p in prompts], 8, (2, 4, 8), window=40))
-    torch.testing.assert_close(
-        predict(backbone, ladder, features, groups),
-        classify(backbone, ladder, prompts, groups),
-        atol=1e-4,
-        rtol=1e-4,
-    )
-
-
-def test_random_groups_cover_the_batch_with_carriers_first() -> None:
-    lengths = torch.randint(1, 50, (32,))
-    groups = random_groups(lengths, 4)
-    assert sorted(groups.flatten().tolist()) == list(range(32))
-    assert (lengths[groups][:, 0] == lengths[groups].amax(1)).all()
+def test_exits_stand_at_the_cut_and_at_most_eight_elsewhere() -> None:
+    assert exit_layers(3, 6) == [1, 2, 3, 4, 5]
+    assert 7 in exit_layers(7, 32)
+    assert len(exit_layers(7, 32)) <= 9

@@ -1,0 +1,102 @@
+"""The contract of a frozen classifier that is cut after its prefill layers."""
+
+import copy
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Backbone(nn.Module, ABC):
+    """Lower layers, upper layers and head of a transformers classifier.
+
+    The parts share the model's own modules; nothing is copied and nothing can train. All batches
+    are right-padded.
+
+    Args:
+        model: the classifier. Set to eval mode and frozen here.
+        prefill_layers: layers (l) that belong to the lower part.
+        head: maps pooled vectors (M, D) to logits (M, C).
+
+    Attributes:
+        config: the model's own config.
+        layers: the layers between which it can be cut, first to last.
+    """
+
+    layers: list[nn.Module]
+
+    def __init__(self, model: Any, prefill_layers: int, head: nn.Module | None) -> None:
+        super().__init__()
+        model.requires_grad_(False).eval()
+        self.config = model.config
+        assert head is not None
+        self.prefill_layers = prefill_layers
+        self.classifier = head
+
+    def train(self, mode: bool = True) -> "Backbone":
+        """Stays in eval mode: a frozen backbone has no dropout."""
+        return super().train(False)
+
+    @property
+    def hidden_size(self) -> int:
+        """Channels D of every row."""
+        return int(self.config.hidden_size)
+
+    @property
+    def num_layers(self) -> int:
+        """Layers L that can be cut."""
+        return len(self.layers)
+
+    @abstractmethod
+    def lower(
+        self, input_ids: Tensor, lengths: Tensor, token_type_ids: Tensor | None = None
+    ) -> Tensor:
+        """Token ids (B, T) of sequences of ``lengths`` (B,) to prefill states (B, T, D)."""
+
+    @abstractmethod
+    def upper(self, rows: Tensor, lengths: Tensor) -> Tensor:
+        """Rows (G, T, D), of sequences or composites of ``lengths`` (G,), to final states
+        (G, T', D). T' is T, or 1 where a decoder speaks."""
+
+    @abstractmethod
+    def pooled_position(self, lengths: Tensor) -> Tensor:
+        """Which row of the prefill states speaks for a sequence: (B,) to (B,)."""
+
+    def output_position(self, lengths: Tensor) -> Tensor:
+        """Which row of ``upper``'s result its answer is read at: (B,) to (B,)."""
+        return self.pooled_position(lengths)
+
+    def head(self, pooled: Tensor) -> Tensor:
+        """Pooled vectors (M, D) to logits (M, C)."""
+        return self.classifier(pooled)
+
+
+class LabelWords(nn.Module):
+    """The head of a verbalizer classifier: the LM head's rows of one word per class.
+
+    Args:
+        weight: (V, D) of the LM head.
+        token_ids: token of each class's word, in the order of the labels.
+        scale: what the model multiplies its last state by before the LM head (tied T5).
+    """
+
+    def __init__(self, weight: Tensor, token_ids: list[int], scale: float = 1.0) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight.detach()[token_ids] * scale, persistent=False)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """(M, D) to (M, C), the logits of the label words alone."""
+        return nn.functional.linear(pooled, self.get_buffer("weight"))
+
+
+def inside(lengths: Tensor, num_tokens: int) -> Tensor:
+    """(B,) to (B, T) bool: where a right-padded sequence has tokens."""
+    return torch.arange(num_tokens, device=lengths.device) < lengths[:, None]
+
+
+def shared_copy(module: Any) -> Any:
+    """``module`` with its own list of children; the children are the original's."""
+    part = copy.copy(module)
+    part._modules = dict(module._modules)
+    return part

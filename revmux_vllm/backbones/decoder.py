@@ -1,0 +1,44 @@
+"""LLaMA and the relatives that share its module shape: Mistral, Qwen2, Qwen3.
+
+Right padding and causal attention: what stands behind a sequence cannot reach it, so no padding
+mask is needed anywhere, neither for sequences nor for composites of unequal members.
+"""
+
+import copy
+from typing import Any
+
+from torch import Tensor, nn
+
+from revmux_vllm.backbones.base import Backbone, shared_copy
+
+
+class DecoderBackbone(Backbone):
+    """Read at the last token, by the classifier's ``score`` or by label words."""
+
+    def __init__(self, model: Any, prefill_layers: int, head: nn.Module | None = None) -> None:
+        super().__init__(model, prefill_layers, head or model.score)
+        self.layers = list(model.model.layers)
+        self.lower_trunk = _cut(model.model, 0, prefill_layers)
+        self.upper_trunk = _cut(model.model, prefill_layers, self.num_layers)
+        self.lower_trunk.norm = nn.Identity()
+
+    def lower(
+        self, input_ids: Tensor, lengths: Tensor, token_type_ids: Tensor | None = None
+    ) -> Tensor:
+        return self.lower_trunk(input_ids=input_ids, use_cache=False).last_hidden_state
+
+    def upper(self, rows: Tensor, lengths: Tensor) -> Tensor:
+        return self.upper_trunk(inputs_embeds=rows, use_cache=False).last_hidden_state
+
+    def pooled_position(self, lengths: Tensor) -> Tensor:
+        return lengths - 1
+
+
+def _cut(trunk: Any, start: int, stop: int) -> Any:
+    part = shared_copy(trunk)
+    part.layers = nn.ModuleList(trunk.layers[start:stop])
+    part.config = copy.copy(trunk.config)
+    part.config.num_hidden_layers = stop - start
+    if getattr(trunk.config, "layer_types", None):  # Qwen: full or sliding attention, by layer
+        part.config.layer_types = trunk.config.layer_types[start:stop]
+    return part

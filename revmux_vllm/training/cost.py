@@ -1,0 +1,51 @@
+"""Speed-up in arithmetic: the layer limit with everything else counted, adapters and heads too."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from revmux_vllm.adapters import AdapterLadder
+from revmux_vllm.backbones import Backbone
+from revmux_vllm.reference import demultiplex, multiplex
+
+
+class Costs:
+    """Floating-point operations per sequence, counted by running each part once.
+
+    Args:
+        backbone: cut where the checkpoint cuts it.
+        num_tokens: tokens per sequence; the mean of the texts in question.
+    """
+
+    def __init__(self, backbone: Backbone, num_tokens: int) -> None:
+        self.backbone = backbone
+        device = next(backbone.layers[0].parameters()).device
+        self.lengths = torch.full((1,), num_tokens, device=device)
+        self.ids = torch.zeros(1, num_tokens, dtype=torch.long, device=device)
+        self.hidden = torch.zeros(1, num_tokens, backbone.hidden_size, device=device)
+        self.lower = _flops(lambda: backbone.lower(self.ids, self.lengths))
+        self.upper = _flops(lambda: backbone.upper(self.hidden, self.lengths))
+
+    def speedup(self, ladder: AdapterLadder, width: int) -> float:
+        """Of composites of ``width``, against the backbone."""
+        adapter = ladder[width]
+        hidden = self.hidden[None].expand(1, width, -1, -1)  # (1, N, T, D)
+        lengths = self.lengths[None].expand(1, width)
+        mux = _flops(lambda: multiplex(adapter, hidden, lengths))
+        demux = _flops(lambda: demultiplex(self.backbone, adapter, self.hidden, hidden, lengths))
+        return (self.lower + self.upper) / (self.lower + (mux + self.upper + demux) / width)
+
+    def exit_speedup(self, head: Any, layer: int) -> float:
+        """Of an early exit after ``layer``, against the backbone."""
+        own = _flops(lambda: head(self.hidden[:, :1].expand(1, 2, -1)))
+        cost = self.lower * layer / self.backbone.prefill_layers + own
+        return (self.lower + self.upper) / cost
+
+
+@torch.no_grad()
+def _flops(run: Callable[[], Any]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return int(counter.get_total_flops())

@@ -1,0 +1,70 @@
+"""Early exit, the rival: a small head on what is known after some layer, and stop there."""
+
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+MOST_EXITS = 8
+# In a folder of its own: vLLM reads every safetensors file that lies beside config.json.
+EXIT_FILE = Path("early_exit") / "exits.safetensors"
+
+
+class EarlyExit(nn.Module):
+    """Three linear layers on the pooled row and the mean row of some layer."""
+
+    def __init__(self, hidden_size: int, inner_size: int, num_labels: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.RMSNorm(hidden_size, eps=1e-6),
+            nn.Flatten(-2),
+            nn.Linear(2 * hidden_size, inner_size),
+            nn.ReLU(),
+            nn.Linear(inner_size, inner_size),
+            nn.ReLU(),
+            nn.Linear(inner_size, num_labels),
+        )
+
+    def forward(self, skip: Tensor) -> Tensor:
+        """States (B, 2, D), as ``skip_state`` makes them, to logits (B, C)."""
+        return self.layers(skip)
+
+
+def exit_layers(prefill_layers: int, num_layers: int) -> list[int]:
+    """After which layers to measure early exit: the cut, and at most eight evenly spread."""
+    count = min(MOST_EXITS, num_layers - 1)
+    spread = {round((i + 1) * num_layers / (count + 1)) for i in range(count)}
+    return sorted(spread | {prefill_layers})
+
+
+def make_exits(
+    layers: list[int], hidden_size: int, inner_size: int, num_labels: int
+) -> nn.ModuleDict:
+    """A head per layer, by the layer's number."""
+    return nn.ModuleDict(
+        {str(layer): EarlyExit(hidden_size, inner_size, num_labels) for layer in layers}
+    )
+
+
+def save_exits(folder: Path, exits: nn.ModuleDict, inner_size: int, dtype: torch.dtype) -> None:
+    """Write the heads beside a checkpoint."""
+    path = folder / EXIT_FILE
+    path.parent.mkdir(exist_ok=True)
+    state = {key: tensor.to(dtype).contiguous() for key, tensor in exits.state_dict().items()}
+    save_file(state, path, metadata={"inner_size": str(inner_size)})
+
+
+def load_exits(folder: Path, hidden_size: int, num_labels: int) -> nn.ModuleDict:
+    """The heads of a checkpoint in float32, by layer; empty if it has none."""
+    path = folder / EXIT_FILE
+    if not path.is_file():
+        return nn.ModuleDict()
+    state = load_file(path)
+    with safe_open(path, "pt") as file:
+        inner_size = int(file.metadata()["inner_size"])
+    layers = sorted({int(key.split(".")[0]) for key in state})
+    exits = make_exits(layers, hidden_size, inner_size, num_labels)
+    exits.load_state_dict({key: tensor.float() for key, tensor in state.items()})
+    return exits.eval()

@@ -1,0 +1,60 @@
+"""Accuracy against speed-up, with the rival's line in it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def plot_report(report: dict[str, Any], path: Path, title: str) -> None:
+    """Draw the report of ``revmux eval`` as a PNG; a bar is the spread over the groupings."""
+    plot_frontier({"RevMUX": report}, path, title)
+
+
+def plot_frontier(reports: dict[str, dict[str, Any]], path: Path, title: str) -> None:
+    """Draw several reports over one backbone; early exit is that of all reports together.
+
+    Args:
+        reports: by the name of their line.
+        path: PNG to write.
+        title: above it.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    backbone = 100 * next(iter(reports.values()))["backbone"]["accuracy"]
+    axes.axhline(backbone, color="grey", linewidth=0.8, linestyle=":", label="backbone")
+    exits = {
+        row["layer"]: (row["speedup"], 100 * row["accuracy"])
+        for report in reports.values()
+        for row in report.get("early_exit", [])
+    }
+    if exits:
+        points = sorted([(1.0, backbone), *exits.values()])
+        axes.plot(*zip(*points, strict=True), "o--", color="black", label="early exit")
+    for name, report in reports.items():
+        _draw_widths(axes, name, list(report["widths"].items()))
+    axes.set_xlabel("speed-up (arithmetic, adapters counted)")
+    axes.set_ylabel("accuracy, per cent")
+    axes.set_title(title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def _draw_widths(axes: Any, name: str, rows: Sequence[tuple[str, dict[str, Any]]]) -> None:
+    ordered = sorted(rows, key=lambda item: item[1]["speedup"])
+    speedups = [row["speedup"] for _, row in ordered]
+    means = [100 * row["accuracy"]["mean"] for _, row in ordered]
+    spread = [
+        [100 * (row["accuracy"]["mean"] - row["accuracy"]["min"]) for _, row in ordered],
+        [100 * (row["accuracy"]["max"] - row["accuracy"]["mean"]) for _, row in ordered],
+    ]
+    axes.errorbar(speedups, means, yerr=spread, fmt="s-", capsize=3, label=name)
+    for (width, row), speedup, mean in zip(ordered, speedups, means, strict=True):
+        note = f"N={width}, l={row['prefill_layers']}"
+        axes.annotate(note, (speedup, mean), xytext=(6, 4), textcoords="offset points", fontsize=8)

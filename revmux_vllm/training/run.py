@@ -1,0 +1,177 @@
+"""One training from start to finish: check everything, extract, train, measure, write."""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from transformers import AutoConfig, AutoTokenizer, set_seed
+
+from revmux_vllm import checkpoint
+from revmux_vllm.adapters import AdapterLadder
+from revmux_vllm.backbones import check_family, load_backbone
+from revmux_vllm.config import RevMuxConfig
+from revmux_vllm.training import data, trainer
+from revmux_vllm.training.card import model_card
+from revmux_vllm.training.evaluate import evaluate, evaluate_exits
+from revmux_vllm.training.exits import exit_layers, make_exits, save_exits
+from revmux_vllm.training.features import Features, extract
+from revmux_vllm.training.plot import plot_report
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PLOT_FILE = "accuracy.png"
+
+
+def label_names(hf_config: Any, label_words: Sequence[str] | None) -> list[str]:
+    """Classes of a backbone in order, as a data file may name them."""
+    if label_words:
+        return [word.strip() for word in label_words]
+    return [str(hf_config.id2label[i]) for i in range(hf_config.num_labels)]
+
+
+def train_checkpoint(
+    backbone: str,
+    train: str,
+    output: Path,
+    *,
+    evaluation: str | None,
+    text_columns: Sequence[str] | None,
+    label_column: str | None,
+    label_words: Sequence[str] | None,
+    widths: tuple[int, ...],
+    prefill_layers: int | None,
+    adapter_type: str,
+    adapter_hidden_size: int | None,
+    recipe: trainer.Recipe,
+    max_tokens: int,
+    hold_out: float,
+    bundle_backbone: bool,
+    store_dtype: str,
+    bf16: bool,
+    gradient_accumulation: int,
+    resume: bool,
+    seed: int,
+) -> dict[str, Any]:
+    """Train a ladder and write its folder; what ``revmux train`` does, with its options.
+
+    Returns:
+        What was measured, as ``revmux eval --json`` prints it; empty without ``evaluation``.
+
+    Raises:
+        ValueError: for what cannot work, before any training starts and before anything is written.
+    """
+    if store_dtype not in DTYPES:
+        raise ValueError(f"--store-dtype {store_dtype}: expected {', '.join(DTYPES)}")
+    if not 0 <= hold_out < 1:
+        raise ValueError(f"--hold-out {hold_out}: expected a share of the rows, from 0 to below 1")
+    hf_config = read_backbone_config(backbone)
+    try:
+        check_family(hf_config, label_words)
+    except ValueError as error:
+        raise ValueError(f"--backbone {backbone}: {error}") from None
+    tokenizer = AutoTokenizer.from_pretrained(backbone)
+    layers, hidden_size = hf_config.num_hidden_layers, hf_config.hidden_size
+    config = RevMuxConfig(
+        widths=widths,
+        prefill_layers=prefill_layers if prefill_layers is not None else max(1, layers // 4),
+        adapter_type=adapter_type,
+        adapter_hidden_size=adapter_hidden_size or 256,
+        skip=recipe.skip,
+        label_words=tuple(label_words) if label_words else None,
+    )
+    config.check_backbone(hidden_size, layers)
+    columns: dict[str, Any] = {"text_columns": text_columns, "label_column": label_column}
+    names = label_names(hf_config, label_words)
+    rows = data.read_rows(train, names, **columns)
+    measured_rows = None
+    if evaluation is not None:
+        measured_rows = data.read_rows(evaluation, names, **columns, need_labels=True)
+    kept, held = data.split_rows(len(rows), hold_out, seed)
+    if recipe.batch_size < widths[-1] or len(kept) < recipe.batch_size:
+        raise ValueError(
+            f"--batch-size {recipe.batch_size}: expected at least the widest width {widths[-1]} "
+            f"and at most the {len(kept)} training rows"
+        )
+    if held and len(held) < widths[-1]:
+        raise ValueError(
+            f"--hold-out {hold_out}: {len(held)} rows, fewer than the widest width {widths[-1]}; "
+            "give more rows, or --hold-out 0"
+        )
+    work = output / "trainer"
+    options = asdict(recipe) | config.to_dict() | {"seed": seed, "train": train}
+    state = PartialState()
+    cut = load_backbone(backbone, config.prefill_layers, label_words).to(state.device)
+    if state.is_main_process:
+        trainer.begin(work, options, resume)
+    state.wait_for_everyone()
+
+    set_seed(seed)
+    at = exit_layers(config.prefill_layers, layers)
+
+    def features_of(own: data.LabelledText) -> Features:
+        return extract(cut, tokenizer, own, max_tokens, at, overflow=work)
+
+    copies = data.spliced_copies(rows.select(kept), recipe.copies, seed)
+    features = features_of(rows.select(kept) + copies)
+    held_out = features_of(rows.select(held)) if held else None
+    set_seed(seed)
+    ladder = AdapterLadder(config, hidden_size)
+    exits = make_exits(at, hidden_size, config.adapter_hidden_size, len(names))
+    trainer.train(
+        cut,
+        ladder,
+        exits,
+        features,
+        held_out,
+        work,
+        recipe,
+        seed=seed,
+        bf16=bf16,
+        gradient_accumulation=gradient_accumulation,
+    )
+    del features
+    dtype = DTYPES[store_dtype]
+    for part in (ladder, exits, cut):
+        part.cpu()
+    ladder.to(dtype).float()  # measured as stored
+    report: dict[str, Any] = {}
+    if state.is_main_process:
+        if measured_rows is not None:
+            own = features_of(measured_rows)
+            report = evaluate(cut, ladder, own)
+            report["early_exit"] = evaluate_exits(cut, exits, own)
+        card = model_card(output.name, config, layers, report)
+        checkpoint.save(
+            output,
+            ladder,
+            backbone,
+            card,
+            report=report,
+            bundle_backbone=bundle_backbone,
+            dtype=dtype,
+        )
+        save_exits(output, exits, config.adapter_hidden_size, dtype)
+        if report:
+            plot_report(report, output / PLOT_FILE, output.name)
+        shutil.move(work / trainer.LOG_FILE, output / "training-log.jsonl")
+        shutil.rmtree(work)
+    return report
+
+
+def read_backbone_config(backbone: str) -> Any:
+    """The config of a folder or hub id; ValueError naming ``--backbone`` if there is none."""
+    try:
+        return AutoConfig.from_pretrained(backbone)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"--backbone {backbone}: neither a folder with a config.json nor a model of the hub "
+            f"that can be reached: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def with_options(recipe: trainer.Recipe, **options: Any) -> trainer.Recipe:
+    """``recipe`` with what the user gave in place of its own; None means not given."""
+    return replace(recipe, **{key: value for key, value in options.items() if value is not None})

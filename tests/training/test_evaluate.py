@@ -1,0 +1,128 @@
+"""``revmux eval`` and ``revmux inspect``, and that evaluation is the reference."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import revmux, write_rows
+from transformers import AutoTokenizer
+
+from revmux_vllm import checkpoint
+from revmux_vllm.backbones import load_backbone
+from revmux_vllm.reference import classify
+from revmux_vllm.training import data
+from revmux_vllm.training.cost import Costs
+from revmux_vllm.training.evaluate import group_windows, predict, windows
+from revmux_vllm.training.features import extract
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_rows(tmp_path_factory.mktemp("rows") / "dev.tsv", 64, 1)
+
+
+def test_json_alone_on_standard_output(trained: Path, rows: Path) -> None:
+    result = revmux(f"eval {trained} --eval {rows} --json")
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert report["classes"] == ["LABEL_0", "LABEL_1"]
+    assert [row["layer"] for row in report["early_exit"]] == [1, 2, 3]
+    for width, limit in (("2", 1.6), ("4", 16 / 7)):
+        row = report["widths"][width]
+        assert row["prefill_layers"] == 1
+        assert row["layer_limit"] == pytest.approx(limit)
+        assert row["speedup"] < limit
+        assert row["accuracy"]["min"] <= row["accuracy"]["mean"] <= row["accuracy"]["max"]
+        hits = row["confusion"][0][0] + row["confusion"][1][1]
+        assert hits / 64 == pytest.approx(row["accuracy"]["mean"])
+        assert [sum(counts) for counts in row["confusion"]] == pytest.approx([32, 32])
+    # What was measured at the end of training is what is measured now.
+    assert (
+        report["widths"]["2"]["accuracy"]
+        == (checkpoint.read_report(trained)["widths"]["2"]["accuracy"])
+    )
+
+
+def test_tables_and_plot(trained: Path, rows: Path, tmp_path: Path) -> None:
+    result = revmux(f"eval {trained} --eval {rows} --plot {tmp_path / 'plot.png'}")
+    assert result.exit_code == 0, result.output
+    for part in ("early exit", "width 4", "precision", "LABEL_1", "plot written"):
+        assert part in result.output
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_rows_without_labels_cannot_be_measured(trained: Path, tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "dev.tsv", 8, 1, labels=False)
+    result = revmux(f"eval {trained} --eval {rows}")
+    assert result.exit_code == 2
+    assert "expected the columns label" in result.output
+
+
+def test_inspect(trained: Path) -> None:
+    facts = json.loads(revmux(f"inspect {trained} --json").stdout)
+    state = checkpoint.load_adapters(trained).state_dict()
+    count = sum(tensor.numel() for key, tensor in state.items() if key.startswith("4."))
+    assert facts["widths"]["4"]["parameters"] == count
+    assert facts["widths"]["4"]["accuracy"]["mean"] > 0
+    assert facts["backbone"] == "in this folder"
+    assert (facts["layers"], facts["prefill_layers"], facts["hidden_size"]) == (4, 1, 64)
+    table = revmux(f"inspect {trained}").output
+    assert "2.29x" in table
+    assert f"{count:,}" in table
+
+
+def test_inspect_of_a_bundled_name_and_of_nothing() -> None:
+    assert json.loads(revmux("inspect revmux-llama --json").stdout)["layers"] == 12
+    result = revmux("inspect nothing-here")
+    assert result.exit_code == 2
+    assert "bundled are revmux-llama" in result.output
+
+
+@torch.no_grad()
+def test_batched_prediction_equals_the_reference(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """Evaluation pads many composites together; the reference runs them one by one."""
+    backbone = load_backbone(tiny_checkpoint, 1)
+    ladder = checkpoint.load_adapters(tiny_checkpoint)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_checkpoint)
+    names = ["LABEL_0", "LABEL_1", "LABEL_2"]
+    texts = data.read_rows(write_rows(tmp_path / "rows.tsv", 40, 3), names)
+    features = extract(backbone, tokenizer, texts, 256, [1, 3])
+    prompts = [tokenizer(text)["input_ids"] for text in texts.texts]
+    groups = group_windows(next(windows(40, 40)), features.lengths.tolist(), (2, 4, 8))
+    assert {len(group) for group in groups} == {8}
+    torch.testing.assert_close(
+        predict(backbone, ladder, features, groups),
+        classify(backbone, ladder, prompts, groups),
+        atol=1e-4,
+        rtol=1e-4,
+    )
+    alone = classify(backbone, ladder, prompts, [(i,) for i in range(40)])
+    torch.testing.assert_close(features.logits, alone, atol=1e-4, rtol=1e-4)
+
+
+def test_costs_count_everything(tiny_checkpoint: Path) -> None:
+    """Adapters cost, so the speed-up stays below the layer limit and nears it with no adapter."""
+    backbone, ladder = load_backbone(tiny_checkpoint, 1), checkpoint.load_adapters(tiny_checkpoint)
+    costs = Costs(backbone, 50)
+    assert costs.upper / costs.lower == pytest.approx(3, rel=1e-6)
+    speedups = [costs.speedup(ladder, width) for width in (2, 4, 8)]
+    assert speedups == sorted(speedups)
+    assert speedups[0] < 1.6
+    head = torch.nn.Flatten()
+    assert costs.exit_speedup(head, 2) == pytest.approx(2)
+
+
+@pytest.mark.parametrize("window", [64, 24])
+def test_the_engine_agrees_with_the_reference(
+    trained: Path, rows: Path, window: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # restored behind the command
+    monkeypatch.setenv("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    results = [
+        revmux(f"eval {trained} --eval {rows} --window {window} --json {engine}")
+        for engine in ("", "--engine")
+    ]
+    assert [result.exit_code for result in results] == [0, 0], results[1].output
+    reference, engine = (json.loads(result.stdout)["widths"] for result in results)
+    assert reference == engine
