@@ -7,7 +7,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-MOST_EXITS = 8
+MOST_EXITS = 5
 # In a folder of its own: vLLM reads every safetensors file that lies beside config.json.
 EXIT_FILE = Path("early_exit") / "exits.safetensors"
 
@@ -33,7 +33,7 @@ class EarlyExit(nn.Module):
 
 
 def exit_layers(prefill_layers: int, num_layers: int) -> list[int]:
-    """After which layers to measure early exit: the cut, and at most eight evenly spread."""
+    """After which layers to measure early exit: the cut, and at most five evenly spread."""
     count = min(MOST_EXITS, num_layers - 1)
     spread = {round((i + 1) * num_layers / (count + 1)) for i in range(count)}
     return sorted(spread | {prefill_layers})

@@ -87,7 +87,7 @@ def extract(
         ValueError: when they fit nowhere.
     """
     device = next(backbone.classifier.parameters(), torch.empty(0)).device
-    encoded = _tokenize(tokenizer, data, max_tokens)
+    encoded = tokenize(tokenizer, data, max_tokens)
     ids, types = encoded["input_ids"], encoded.get("token_type_ids")
     lengths = torch.tensor([len(row) for row in ids])
     starts = lengths.cumsum(0) - lengths
@@ -133,7 +133,8 @@ def _keep(seen: dict[int, Tensor], layer: int) -> Any:
     return hook
 
 
-def _tokenize(tokenizer: Any, data: LabelledText, max_tokens: int) -> Any:
+def tokenize(tokenizer: Any, data: LabelledText, max_tokens: int) -> Any:
+    """Token ids of single texts or pairs, and what else the tokenizer gives; not padded."""
     texts: list[list[str]]
     if isinstance(data.texts[0], tuple):
         texts = [list(side) for side in zip(*data.texts, strict=True)]

@@ -1,0 +1,158 @@
+"""Accuracy against speed-up: RevMUX, the paper's adapters and recipe, and early exit.
+
+One command makes the backbones (``adapters/train_backbone.py``), trains every contender with
+``revmux train``, and prints one table; a plot per task lies beside the results. What is finished is
+kept in ``--work``, so an interrupted run continues where it stopped.
+
+    python benchmarks/accuracy.py --data ../shared/data --work build/accuracy
+    python benchmarks/accuracy.py --data ../shared/data --work build/accuracy --families llama,t5 \\
+        --tasks sst2,qnli
+"""
+
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from revmux_vllm.training.plot import plot_frontier
+
+ROOT = Path(__file__).resolve().parent.parent
+# Names of the classes (words for the T5) and epochs of MiniLM's fine-tuning.
+TASKS = {
+    "sst2": ("negative,positive", 1),
+    "mrpc": ("different,same", 3),
+    "rte": ("yes,no", 3),
+    "qnli": ("yes,no", 2),
+}
+STUDENTS = {"llama": ["--layers", "12"], "t5": ["--layers", "6"]}
+CONTENDERS = {
+    "revmux": [],
+    "revmux, paper": ["--recipe", "paper"],
+    "ora, paper": ["--recipe", "paper", "--adapter-type", "ora"],
+    "vanilla, paper": ["--recipe", "paper", "--adapter-type", "vanilla"],
+}
+
+
+def run(*command: str | Path) -> None:
+    """A step of the benchmark; its own output goes to standard error."""
+    subprocess.run([sys.executable, *map(str, command)], check=True, stdout=sys.stderr)
+
+
+def backbone(family: str, task: str, data: Path, work: Path, epochs: float) -> Path:
+    """The folder of a frozen classifier, made if it is not there yet."""
+    names, teacher_epochs = TASKS[task]
+    script = ROOT / "adapters" / "train_backbone.py"
+    folder = work / f"{family}-{task}" / "backbone"
+    if (folder / "model.safetensors").is_file():
+        return folder
+    if family == "bert":
+        options = ["--labels", names, "--epochs", str(teacher_epochs)]
+        run(script, "teacher", "--data", data / task, "--output", folder, *options)
+    else:
+        teacher = backbone("bert", task, data, work, epochs)
+        options = ["--architecture", family, "--epochs", str(epochs), *STUDENTS[family]]
+        where = ["--data", data / task, "--teacher", teacher, "--output", folder]
+        run(script, "student", *where, *options)
+    return folder
+
+
+def measure(
+    family: str, task: str, contender: str, cut: int, data: Path, work: Path, options: list[str]
+) -> dict[str, Any]:
+    """The report of one trained ladder."""
+    root = work / f"{family}-{task}"
+    folder = root / f"{contender.replace(', ', '-')}-l{cut}"
+    report = folder / "report.json"
+    if not report.is_file():
+        words = ["--label-words", TASKS[task][0]] if family == "t5" else []
+        resume = ["--resume"] if (folder / "trainer" / "options.json").is_file() else []
+        where = ["--backbone", root / "backbone", "--output", folder, "--prefill-layers", cut]
+        rows = ["--train", data / task / "train.tsv", "--eval", data / task / "dev.tsv"]
+        more = [*CONTENDERS[contender], *words, *options, *resume]
+        run("-m", "revmux_vllm.cli", "train", *where, *rows, *more)
+    return dict(json.loads(report.read_text(encoding="utf-8")))
+
+
+def rows_of(family: str, task: str, name: str, report: dict[str, Any]) -> list[dict[str, Any]]:
+    """The widths of a report as rows of the result."""
+    shared = {"family": family, "task": task, "backbone": report["backbone"]["accuracy"]}
+    rows = []
+    for width, row in report["widths"].items():
+        kept = {key: row[key] for key in ("prefill_layers", "speedup", "accuracy", "agreement")}
+        early = early_exit_at(report, row["speedup"])
+        rows.append(shared | {"contender": name, "width": int(width), "early_exit": early} | kept)
+    return rows
+
+
+def early_exit_at(report: dict[str, Any], speedup: float) -> float | None:
+    """Accuracy of early exit at this speed-up, between its two neighbours by cost per sequence."""
+    points = [(1.0, report["backbone"]["accuracy"])]
+    points += [(1 / row["speedup"], row["accuracy"]) for row in report["early_exit"]]
+    points.sort()
+    cost = 1 / speedup
+    for (low, below), (high, above) in itertools.pairwise(points):
+        if low <= cost <= high:
+            return below + (above - below) * (cost - low) / (high - low)
+    return None
+
+
+def main(
+    data: Annotated[Path, typer.Option(help="Folder with sst2, mrpc, rte, qnli as TSV.")],
+    work: Annotated[Path, typer.Option(help="Folder for everything that is made.")],
+    tasks: Annotated[str, typer.Option(help="Of sst2, mrpc, rte, qnli.")] = "sst2,mrpc,rte,qnli",
+    families: Annotated[str, typer.Option(help="Of bert, llama, t5.")] = "bert",
+    contenders: Annotated[str, typer.Option(help="Separated by ;")] = ";".join(CONTENDERS),
+    prefill_layers: Annotated[str, typer.Option(help="Cuts l.")] = "1,2,3",
+    widths: Annotated[str, typer.Option(help="Widths N of every ladder.")] = "2,4,8",
+    epochs: Annotated[
+        float, typer.Option(help="Over rows and copies; the paper's recipe, without copies, twice.")
+    ] = 2.0,
+    student_epochs: Annotated[float, typer.Option(help="Of LLaMA and T5 backbones.")] = 5.0,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON on standard output.")] = False,
+) -> None:
+    """Train what is missing and print the table."""
+    rows: list[dict[str, Any]] = []
+    for family in families.split(","):
+        for task in tasks.split(","):
+            backbone(family, task, data, work, student_epochs)
+            lines: dict[str, dict[str, Any]] = {}
+            for cut in map(int, prefill_layers.split(",")):
+                for name in contenders.split(";"):
+                    passes = 2 * epochs if "paper" in name else epochs
+                    options = ["--widths", widths, "--epochs", str(passes)]
+                    report = measure(family, task, name, cut, data, work, options)
+                    rows += rows_of(family, task, name, report)
+                    lines[f"{name}, l={cut}"] = report
+            plot_frontier(lines, work / f"{family}-{task}.png", f"{task}, {family}")
+    if as_json:
+        print(json.dumps(rows))
+        return
+    columns = ("backbone", "task", "adapters", "l", "N", "speed-up", "accuracy", "agreement")
+    table = Table(*columns, "early exit there", "alone")
+    for row in rows:
+        accuracy, agreement = row["accuracy"], row["agreement"]["mean"]
+        early = row["early_exit"]
+        table.add_row(
+            row["family"],
+            row["task"],
+            row["contender"],
+            str(row["prefill_layers"]),
+            str(row["width"]),
+            f"{row['speedup']:.2f}x",
+            f"{100 * accuracy['mean']:.1f} "
+            f"({100 * accuracy['min']:.1f} to {100 * accuracy['max']:.1f})",
+            f"{100 * agreement:.1f}",
+            "" if early is None else f"{100 * early:.1f}",
+            f"{100 * row['backbone']:.1f}",
+        )
+    Console(width=140).print(table)
+
+
+if __name__ == "__main__":
+    typer.run(main)
