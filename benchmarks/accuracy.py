@@ -28,7 +28,7 @@ TASKS = {
     "sst2": ("negative,positive", 1),
     "mrpc": ("different,same", 3),
     "rte": ("yes,no", 3),
-    "qnli": ("yes,no", 2),
+    "qnli": ("yes,no", 1),
 }
 STUDENTS = {"llama": ["--layers", "12"], "t5": ["--layers", "6"]}
 CONTENDERS = {

@@ -103,14 +103,18 @@ def save_backbone(
 
 
 def make_tiny_checkpoint(
-    root: Path, *, bundle_backbone: bool = True, hidden_size: int = 64, num_layers: int = 4
+    root: Path,
+    *,
+    bundle_backbone: bool = True,
+    hidden_size: int = 64,
+    num_layers: int = 4,
+    **revmux: Any,
 ) -> Path:
     """A random 4-layer backbone with random adapters for widths 2, 4 and 8, all in float32."""
     backbone = root / "backbone"
     save_backbone("llama", backbone, hidden_size=hidden_size, num_layers=num_layers)
-    ladder = AdapterLadder(
-        RevMuxConfig(widths=(2, 4, 8), prefill_layers=1, adapter_hidden_size=48), hidden_size
-    )
+    options: dict[str, Any] = {"widths": (2, 4, 8), "prefill_layers": 1, "adapter_hidden_size": 48}
+    ladder = AdapterLadder(RevMuxConfig(**options | revmux), hidden_size)
     with torch.no_grad():  # far from the near-identity start, so that company shows
         for parameter in ladder.parameters():
             if parameter.dim() > 1:

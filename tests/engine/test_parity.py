@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import RecordingEngine, random_prompts
+from conftest import RecordingEngine, make_tiny_checkpoint, random_prompts
 
 from revmux_vllm import checkpoint
 from revmux_vllm.backbones import load_backbone
@@ -22,18 +22,20 @@ FLOAT32_TOLERANCE = 1e-4
 BFLOAT16_TOLERANCE = 0.15
 
 
+Reference = Callable[[list[list[int]], list[tuple[int, ...]]], torch.Tensor]
+
+
+def reference_of(folder: Path) -> Reference:
+    backbone, ladder = load_backbone(folder, 1), checkpoint.load_adapters(folder)
+    return lambda prompts, groups: classify(backbone, ladder, prompts, groups).softmax(-1)
+
+
 @pytest.fixture(scope="module")
-def reference(tiny_checkpoint: Path) -> Callable[..., torch.Tensor]:
-    backbone = load_backbone(tiny_checkpoint, prefill_layers=1)
-    ladder = checkpoint.load_adapters(tiny_checkpoint)
-
-    def probabilities(prompts: list[list[int]], groups: list[tuple[int, ...]]) -> torch.Tensor:
-        return classify(backbone, ladder, prompts, groups).softmax(-1)
-
-    return probabilities
+def reference(tiny_checkpoint: Path) -> Reference:
+    return reference_of(tiny_checkpoint)
 
 
-def check(engine: RecordingEngine, reference: Callable[..., torch.Tensor]) -> None:
+def check(engine: RecordingEngine, reference: Reference) -> None:
     seen: set[int] = set()
     for seed, count in BATCHES:
         prompts = random_prompts(seed, count)
@@ -50,12 +52,20 @@ def test_float32(
     eager: bool,
     tiny_checkpoint: Path,
     make_engine: Callable[..., RecordingEngine],
-    reference: Callable[..., torch.Tensor],
+    reference: Reference,
 ) -> None:
     check(make_engine(tiny_checkpoint, enforce_eager=eager), reference)
 
 
-def test_company_changes_answers(reference: Callable[..., torch.Tensor]) -> None:
+@pytest.mark.parametrize("adapter_type", ["ora", "vanilla"])
+def test_the_papers_other_adapters(
+    adapter_type: str, tmp_path: Path, make_engine: Callable[..., RecordingEngine]
+) -> None:
+    folder = make_tiny_checkpoint(tmp_path, adapter_type=adapter_type, skip=False)
+    check(make_engine(folder), reference_of(folder))
+
+
+def test_company_changes_answers(reference: Reference) -> None:
     """Without this the parity test could not fail on a wrong grouping."""
     prompts = random_prompts(7, 8)
     prompts.sort(key=len, reverse=True)
@@ -67,7 +77,7 @@ def test_company_changes_answers(reference: Callable[..., torch.Tensor]) -> None
 def test_bfloat16(
     tiny_checkpoint: Path,
     make_engine: Callable[..., RecordingEngine],
-    reference: Callable[..., torch.Tensor],
+    reference: Reference,
 ) -> None:
     engine = make_engine(tiny_checkpoint, dtype="bfloat16")
     for seed, count in BATCHES:

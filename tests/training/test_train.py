@@ -100,8 +100,12 @@ def test_unlabelled_rows_are_enough(train: Train, tmp_path: Path) -> None:
     assert train().exit_code == 0
 
 
-def test_an_interrupted_training_resumes(
-    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("stop", "message"),
+    [(KeyboardInterrupt(), "interrupted"), (OSError(28, "No space left on device"), "No space")],
+)
+def test_a_stopped_training_resumes(
+    stop: BaseException, message: str, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stopped in its middle and continued: the same steps as in one go, none of them twice."""
 
@@ -116,14 +120,20 @@ def test_an_interrupted_training_resumes(
 
     def interrupt(self: Any, args: Any, state: Any, *more: Any, **kwargs: Any) -> None:
         if state.global_step == 9:
-            raise KeyboardInterrupt
+            (Path(args.output_dir) / "checkpoint-9").mkdir(
+                exist_ok=True
+            )  # as a full disk leaves it
+            raise stop
 
     with monkeypatch.context() as patch:
         patch.setattr(trainer.JsonLines, "on_step_end", interrupt, raising=False)
         stopped = train("--epochs 2 --hold-out 0.3")
     assert stopped.exit_code == 2
-    assert "interrupted" in stopped.output
+    assert message in stopped.output
+    assert "--resume continues it" in " ".join(stopped.output.split())
+    # What was there before still serves.
     assert (tmp_path / "out" / checkpoint.ADAPTER_FILE).read_bytes() == finished
+    checkpoint.validate(tmp_path / "out")
     assert "continue it with --resume" in train("--epochs 2 --hold-out 0.3").output
     other = train("--epochs 2 --hold-out 0.3 --learning-rate 0.1 --resume")
     assert "begun with other options: learning_rate was 0.001" in " ".join(other.output.split())
