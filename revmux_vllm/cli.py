@@ -11,6 +11,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from revmux_vllm.training.recipes import RECIPES
+
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_show_locals=False,
@@ -22,6 +24,13 @@ app = typer.Typer(
 
 ROWS = "File (.tsv, .csv, .jsonl, .parquet) or hub data set (NAME:SPLIT, NAME:CONFIG:SPLIT)"
 RESUME = "An unfinished training keeps its last checkpoint: --resume continues it"
+
+
+def _by_recipe(field: str) -> str:
+    """The defaults of an option, for its help."""
+    return "Default: " + ", ".join(f"{getattr(r, field):g} ({n})" for n, r in RECIPES.items()) + "."
+
+
 TextColumns = Annotated[
     str | None,
     typer.Option(help="Column of the text, or two for pairs: `premise,hypothesis`. Default: the "
@@ -79,12 +88,21 @@ def train(
             "of the next four options."
         ),
     ] = "default",
-    epochs: Annotated[float | None, typer.Option(help="Passes over rows and copies.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Sequences per step and device.")] = None,
+    epochs: Annotated[
+        float | None, typer.Option(help=f"Passes over rows and copies. {_by_recipe('epochs')}")
+    ] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help=f"Peak learning rate. {_by_recipe('learning_rate')}")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help=f"Sequences per step and device. {_by_recipe('batch_size')}")
+    ] = None,
     augment: Annotated[
         float | None,
-        typer.Option(help="Spliced, unlabelled copies per row, distilled from the backbone."),
+        typer.Option(
+            help="Spliced, unlabelled copies per row, distilled from the backbone. "
+            f"{_by_recipe('copies')}"
+        ),
     ] = None,
     hold_out: Annotated[
         float,
@@ -110,10 +128,10 @@ def train(
     `accelerate launch -m revmux_vllm.cli train ...`. `docs/training.md` has more.
     """  # fmt: skip
     with _errors():
-        from revmux_vllm.training import run, trainer
+        from revmux_vllm.training import run
 
-        if recipe not in trainer.RECIPES:
-            raise ValueError(f"--recipe {recipe}: expected {' or '.join(trainer.RECIPES)}")
+        if recipe not in RECIPES:
+            raise ValueError(f"--recipe {recipe}: expected {' or '.join(RECIPES)}")
         report = run.train_checkpoint(
             backbone,
             train,
@@ -127,7 +145,7 @@ def train(
             adapter_type=adapter_type,
             adapter_hidden_size=adapter_hidden_size,
             recipe=run.with_options(
-                trainer.RECIPES[recipe],
+                RECIPES[recipe],
                 epochs=epochs,
                 learning_rate=learning_rate,
                 batch_size=batch_size,
@@ -207,7 +225,7 @@ def inspect(folder: Folder, as_json: AsJson = False) -> None:
     table = Table(title=str(folder), show_header=False)
     for key, value in facts.items():
         if not isinstance(value, dict):
-            table.add_row(key.replace("_", " "), str(value))
+            table.add_row(key.replace("_", " "), _plain(value))
     console = Console()
     console.print(table)
     rungs = Table("width", "layer limit", "parameters added", "of the backbone", "accuracy")
@@ -217,10 +235,18 @@ def inspect(folder: Folder, as_json: AsJson = False) -> None:
             width,
             f"{row['layer_limit']:.2f}x",
             f"{row['parameters']:,}",
-            f"{100 * row['parameters_share']:.1f} %",
+            "" if row["parameters_share"] is None else f"{100 * row['parameters_share']:.1f} %",
             f"{100 * accuracy['mean']:.1f} %" if accuracy else "not measured",
         )
     console.print(rungs)
+
+
+def _plain(value: Any) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, float):
+        return f"{100 * value:.1f} %"
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def report_table(report: dict[str, Any]) -> Table:

@@ -20,6 +20,7 @@ from revmux_vllm.training.evaluate import evaluate, evaluate_exits
 from revmux_vllm.training.exits import exit_layers, make_exits, save_exits
 from revmux_vllm.training.features import Features, extract
 from revmux_vllm.training.plot import plot_report
+from revmux_vllm.training.recipes import Recipe
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PLOT_FILE = "accuracy.png"
@@ -45,7 +46,7 @@ def train_checkpoint(
     prefill_layers: int | None,
     adapter_type: str,
     adapter_hidden_size: int | None,
-    recipe: trainer.Recipe,
+    recipe: Recipe,
     max_tokens: int,
     hold_out: float,
     bundle_backbone: bool,
@@ -172,6 +173,6 @@ def read_backbone_config(backbone: str) -> Any:
         ) from error
 
 
-def with_options(recipe: trainer.Recipe, **options: Any) -> trainer.Recipe:
+def with_options(recipe: Recipe, **options: Any) -> Recipe:
     """``recipe`` with what the user gave in place of its own; None means not given."""
     return replace(recipe, **{key: value for key, value in options.items() if value is not None})

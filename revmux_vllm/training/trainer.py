@@ -3,7 +3,6 @@
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,40 +22,10 @@ from revmux_vllm.training.losses import (
     stream_similarity,
     vector_loss,
 )
+from revmux_vllm.training.recipes import Recipe
 
 LOG_FILE = "log.jsonl"
 OPTIONS_FILE = "options.json"
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How to train. ``RECIPES`` has the named ones.
-
-    Attributes:
-        learning_rate: peak, after the warm-up.
-        schedule: of the learning rate, by transformers' name.
-        batch_size: sequences per step and device.
-        epochs: passes over the rows and their copies.
-        copies: unlabelled spliced copies per row (``data.spliced_copies``).
-        skip: whether the adapters have the skip connection. Then every member is answered twice in
-            training, with it and without: with it always there composites come to be ignored.
-        paper_loss: cross-entropy, InfoNCE and stream similarity as the reference code has them;
-            otherwise distilled answers and vectors.
-    """
-
-    learning_rate: float
-    schedule: str
-    batch_size: int
-    epochs: float
-    copies: float
-    skip: bool
-    paper_loss: bool
-
-
-RECIPES = {
-    "default": Recipe(1e-3, "cosine", 64, 2.0, 1.0, True, False),
-    "paper": Recipe(2e-5, "linear", 32, 10.0, 0.0, False, True),
-}
 
 
 class LadderModel(nn.Module):
