@@ -160,6 +160,8 @@ def train(
             resume=resume,
             seed=seed,
         )
+    if report is None:
+        return
     console = Console()
     if report:
         console.print(report_table(report))

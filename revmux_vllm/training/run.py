@@ -55,11 +55,12 @@ def train_checkpoint(
     gradient_accumulation: int,
     resume: bool,
     seed: int,
-) -> dict[str, Any]:
+) -> dict[str, Any] | None:
     """Train a ladder and write its folder; what ``revmux train`` does, with its options.
 
     Returns:
-        What was measured, as ``revmux eval --json`` prints it; empty without ``evaluation``.
+        What was measured, as ``revmux eval --json`` prints it; empty without ``evaluation``. None in
+        all processes of a distributed training but the main one.
 
     Raises:
         ValueError: for what cannot work, before any training starts and before anything is written.
@@ -159,7 +160,8 @@ def train_checkpoint(
             plot_report(report, output / PLOT_FILE, output.name)
         shutil.move(work / trainer.LOG_FILE, output / "training-log.jsonl")
         shutil.rmtree(work)
-    return report
+    state.wait_for_everyone()
+    return report if state.is_main_process else None
 
 
 def read_backbone_config(backbone: str) -> Any:

@@ -1,12 +1,14 @@
 """``revmux train`` as a user runs it, on tiny backbones."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import Train, write_rows
+from conftest import Train, save_backbone, write_rows
 from safetensors.torch import load_file
 
 from revmux_vllm import checkpoint
@@ -170,6 +172,21 @@ def test_mistakes_end_with_a_clear_error(
     assert result.exit_code == 2, result.output
     assert message in " ".join(result.output.split())
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_training(train: Train, tmp_path: Path) -> None:
+    """As ``accelerate launch`` starts them, on CPUs."""
+    save_backbone("bert", tmp_path / "backbone", num_labels=2)
+    rows = write_rows(tmp_path / "train.tsv", 160, 0)
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    command += ["-m", "revmux_vllm.cli", "train", "--backbone", str(tmp_path / "backbone")]
+    command += ["--train", str(rows), "--output", str(tmp_path / "out"), "--widths", "2,4"]
+    command += ["--epochs", "1", "--batch-size", "16"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("written to") == 1
+    checkpoint.validate(tmp_path / "out")
 
 
 def test_exits_stand_at_the_cut_and_at_most_five_elsewhere() -> None:
