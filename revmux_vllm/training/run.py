@@ -59,8 +59,8 @@ def train_checkpoint(
     """Train a ladder and write its folder; what ``revmux train`` does, with its options.
 
     Returns:
-        What was measured, as ``revmux eval --json`` prints it; empty without ``evaluation``. None in
-        all processes of a distributed training but the main one.
+        What was measured, as ``revmux eval --json`` prints it; empty without ``evaluation``. In a
+        distributed training None in all processes but the main one.
 
     Raises:
         ValueError: for what cannot work, before any training starts and before anything is written.
