@@ -67,7 +67,10 @@ class LadderModel(nn.Module):
         teacher_logits: Tensor,
         exit_states: Tensor,
     ) -> dict[str, Tensor]:
-        """Losses of a padded batch; shapes as in ``Features``, ``hidden`` (B, T, D)."""
+        """Losses of a padded batch; shapes as in ``Features``, ``hidden`` (B, T, D).
+
+        While measuring, early exits are left out: the best checkpoint is the adapters' best.
+        """
         adapters = self.ladder.items()
         groups = [self._groups(lengths, width) for width, _ in adapters]
         composites = [
@@ -92,7 +95,7 @@ class LadderModel(nn.Module):
             if self.paper_loss:
                 streams = streams_of(adapter, own, own_lengths)
                 losses[f"loss_streams_{width}"] = stream_similarity(streams)
-        for place, (layer, head) in enumerate(self.exits.items()):
+        for place, (layer, head) in enumerate(self.exits.items() if self.training else ()):
             losses[f"loss_exit_{layer}"] = answer_loss(
                 head(exit_states[:, place]), labels, teacher_logits
             )
@@ -170,8 +173,8 @@ def train(
     recipe: Recipe,
     *,
     seed: int,
-    evaluations: int = 8,
-    patience: int = 3,
+    evaluations: int = 10,
+    patience: int = 5,
     bf16: bool = False,
     gradient_accumulation: int = 1,
 ) -> None:
