@@ -150,6 +150,7 @@ def test_a_stopped_training_resumes(
     ("change", "message"),
     [
         ("--widths 2,5", "5 does not divide"),
+        ("--widths 4,2", "expected ascending and unique, found [4, 2]"),
         ("--widths two", "expected integers such as 2,4,8"),
         ("--prefill-layers 4", "fewer than the backbone's 4 layers"),
         ("--batch-size 3", "at least the widest width 4 and at most"),
