@@ -121,7 +121,7 @@ def evaluate_exits(
     costs = Costs(backbone, round(features.lengths.float().mean().item()))
     rows = []
     for place, (layer, head) in enumerate(exits.items()):
-        classes = head(features.exits[:, place]).argmax(-1)
+        classes = head(features.exits[:, place].float()).argmax(-1)
         rows.append(
             {
                 "layer": int(layer),

@@ -37,7 +37,7 @@ class Features:
         vectors: (B, D) the pooled vector that the backbone's head reads.
         logits: (B, C) the backbone's answer.
         labels: (B,) int64.
-        exits: (B, E, 2, D) what is known after each of E layers (``skip_state``).
+        exits: (B, E, 2, D) bfloat16, what is known after each of E layers (``skip_state``).
     """
 
     hidden: Tensor
@@ -94,7 +94,7 @@ def extract(
     size = backbone.hidden_size
     hidden = _buffer(int(lengths.sum()), size, overflow)
     vectors = torch.empty(len(ids), size)
-    exits = torch.empty(len(ids), len(exit_layers), 2, size)
+    exits = torch.empty(len(ids), len(exit_layers), 2, size, dtype=torch.bfloat16)
     order = np.argsort(-lengths.numpy(), kind="stable")
     batches, begin = [], 0
     while begin < len(order):
@@ -118,7 +118,7 @@ def extract(
             vectors[index] = last.float().cpu()
             position = backbone.pooled_position(own)
             for place, layer in enumerate(exit_layers):
-                exits[index, place] = skip_state(seen[layer], own, position).float().cpu()
+                exits[index, place] = skip_state(seen[layer], own, position).bfloat16().cpu()
             low = low.float().cpu()
             for row, i in enumerate(batch):
                 hidden[starts[i] : starts[i] + lengths[i]] = low[row, : lengths[i]]

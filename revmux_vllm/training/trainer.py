@@ -219,7 +219,7 @@ def train(
             "labels": own.labels[index],
             "teacher_vectors": own.vectors[index],
             "teacher_logits": own.logits[index],
-            "exit_states": own.exits[index],
+            "exit_states": own.exits[index].float(),
         }
 
     steps_per_epoch = max(1, len(features) // (recipe.batch_size * gradient_accumulation))
