@@ -17,10 +17,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as serialize
 
 from revmux_vllm.adapters import AdapterLadder
 from revmux_vllm.config import RevMuxConfig
+from revmux_vllm.engine.plugin import MODELS
 
 ADAPTER_FILE = "adapter.safetensors"
 KEY_PREFIX = "revmux."
@@ -35,7 +37,12 @@ ARCHITECTURES = {
     "t5": "RevMuxT5ForSequenceClassification",
 }
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-BACKBONE_FILES = ("model*.safetensors", "model.safetensors.index.json", "tokenizer*", "*.txt")
+BACKBONE_FILES = ("model*.safetensors", "model.safetensors.index.json")
+
+
+def is_served(model_type: str, config: RevMuxConfig) -> bool:
+    """Whether our engine serves such a checkpoint yet."""
+    return ARCHITECTURES.get(model_type) in MODELS and not config.label_words
 
 
 def read_config(folder: str | Path) -> tuple[RevMuxConfig, dict[str, Any]]:
@@ -166,7 +173,7 @@ def save(
     bundle_backbone: bool = False,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Write a checkpoint folder; a file is replaced only once its successor is complete.
+    """Write a checkpoint folder; nothing is replaced before everything is written.
 
     Args:
         folder: created if missing.
@@ -181,7 +188,7 @@ def save(
     from transformers import AutoConfig, AutoTokenizer
 
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    check_output(folder, backbone, bundle_backbone)
     values = AutoConfig.from_pretrained(backbone).to_dict()
     architecture = ARCHITECTURES.get(values["model_type"])
     if architecture is None:
@@ -189,29 +196,65 @@ def save(
             f"backbone {backbone}: model_type {values['model_type']!r} is not supported; "
             f"supported are {', '.join(ARCHITECTURES)}"
         )
+    partial = folder / "partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    AutoTokenizer.from_pretrained(backbone).save_pretrained(partial)
     named: str | None = str(backbone)
+    if Path(backbone).is_dir():
+        named = str(Path(backbone).resolve())
     if bundle_backbone:
         named = None
-        for pattern in BACKBONE_FILES:
-            for source in Path(backbone).glob(pattern):
-                shutil.copyfile(source, folder / source.name)
-    else:
-        if Path(backbone).is_dir():
-            named = str(Path(backbone).resolve())
-        AutoTokenizer.from_pretrained(backbone).save_pretrained(folder)
+        for source in weight_files(backbone):
+            shutil.copyfile(source, partial / source.name)
     config = replace(ladder.config, backbone=named)
     config.check_backbone(*backbone_shape(values))
     values["architectures"] = [architecture]
     values["revmux"] = config.to_dict()
+    if config.label_words:
+        names = [word.strip() for word in config.label_words]
+        values["id2label"] = dict(enumerate(names))
+        values["label2id"] = {name: i for i, name in enumerate(names)}
     values.pop("_name_or_path", None)
     tensors = {
         KEY_PREFIX + key: tensor.detach().to(dtype or tensor.dtype).contiguous()
         for key, tensor in ladder.state_dict().items()
     }
-    partial = folder / (ADAPTER_FILE + ".partial")
-    save_file(tensors, partial, metadata={"format": "pt"})
-    partial.replace(folder / ADAPTER_FILE)
-    _write(folder / "config.json", json.dumps(values, indent=2, sort_keys=True) + "\n")
+    # Not save_file: it leaves files that only their owner can read.
+    (partial / ADAPTER_FILE).write_bytes(serialize(tensors, metadata={"format": "pt"}))
+    (partial / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+    for stale in folder.glob("*.safetensors"):
+        if not (partial / stale.name).exists():
+            stale.unlink()
+    for path in partial.iterdir():
+        path.replace(folder / path.name)
+    partial.rmdir()
+    write_card(folder, card, report)
+
+
+def check_output(folder: Path, backbone: str | Path, bundle_backbone: bool) -> None:
+    """Raise ValueError unless a checkpoint over ``backbone`` can be written to ``folder``."""
+    if Path(backbone).is_dir() and Path(backbone).resolve() == folder.resolve():
+        raise ValueError(f"--output {folder}: that is the backbone's folder; choose another")
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--output {folder}: expected a folder, found a file")
+    if bundle_backbone:
+        weight_files(backbone)
+
+
+def weight_files(backbone: str | Path) -> list[Path]:
+    """The safetensors files of a folder; ValueError when there are none to bundle."""
+    found = [path for pattern in BACKBONE_FILES for path in Path(backbone).glob(pattern)]
+    if not found:
+        raise ValueError(
+            f"--bundle-backbone: {backbone} is not a folder with model.safetensors; leave the "
+            "option out, or download the backbone as safetensors first"
+        )
+    return found
+
+
+def write_card(folder: Path, card: str, report: dict[str, Any] | None) -> None:
+    """The model card, and what was measured; an older report goes."""
     _write(folder / "README.md", card)
     if report:
         _write(folder / REPORT_FILE, json.dumps(report, indent=1) + "\n")

@@ -80,8 +80,8 @@ def train(
         str, typer.Option(help="`revmux`, or for comparison `ora` or `vanilla`.")
     ] = "revmux",
     adapter_hidden_size: Annotated[
-        int | None, typer.Option(help="Inner width of the demultiplexer. Default: 256.")
-    ] = None,
+        int, typer.Option(help="Inner width of the demultiplexer.")
+    ] = 256,
     recipe: Annotated[
         str,
         typer.Option(
@@ -128,7 +128,7 @@ def train(
     then `vllm serve my-revmux`. On several GPUs:
     `accelerate launch -m revmux_vllm.cli train ...`. `docs/training.md` has more.
     """  # fmt: skip
-    with _errors():
+    with _errors(RESUME):
         from revmux_vllm.training import run
 
         if recipe not in RECIPES:
@@ -201,18 +201,18 @@ def eval_command(
             max_tokens=max_tokens,
             engine=engine,
         )
-        if plot is not None:
-            from revmux_vllm.training.plot import plot_report
-
-            plot_report(report, plot, folder.name)
     if as_json:
         print(json.dumps(report))
-        return
-    console = Console()
-    console.print(report_table(report))
-    console.print(class_table(report))
+    else:
+        console = Console()
+        console.print(report_table(report))
+        console.print(class_table(report))
     if plot is not None:
-        console.print(f"plot written to {plot}")
+        from revmux_vllm.training.plot import plot_report
+
+        with _errors():
+            plot_report(report, plot, folder.name)
+        Console(stderr=True).print(f"plot written to {plot}")
 
 
 @app.command()
@@ -293,17 +293,16 @@ def _widths(words: str) -> tuple[int, ...]:
 
 
 def _next_step(output: Path) -> str:
-    from revmux_vllm.checkpoint import read_config
-    from revmux_vllm.engine.plugin import MODELS
+    from revmux_vllm import checkpoint
 
-    config, values = read_config(output)
-    if values["architectures"][0] in MODELS and not config.label_words:
+    config, values = checkpoint.read_config(output)
+    if checkpoint.is_served(values["model_type"], config):
         return f"serve it with: vllm serve {output}"
     return f"measure it with: revmux eval {output} --eval ROWS (no engine serves this family yet)"
 
 
 @contextmanager
-def _errors() -> Iterator[None]:
+def _errors(hint: str = "") -> Iterator[None]:
     """What the user can mend ends the command with one message and status 2."""
     try:
         yield

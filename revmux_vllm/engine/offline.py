@@ -12,6 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from revmux_vllm.training.data import LabelledText
+from revmux_vllm.training.features import tokenize
+
 
 class OfflineEngine:
     """Classes of ``texts`` under the groupings of an evaluation.
@@ -24,11 +27,11 @@ class OfflineEngine:
         window: most requests that wait together.
 
     Raises:
-        ValueError: when vLLM cannot serve the checkpoint here.
+        ValueError: without vLLM.
     """
 
     def __init__(
-        self, folder: Path, tokenizer: Any, texts: Sequence[Any], max_tokens: int, window: int
+        self, folder: Path, tokenizer: Any, texts: LabelledText, max_tokens: int, window: int
     ) -> None:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the scheduler in this process
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -39,23 +42,13 @@ class OfflineEngine:
             raise ValueError(
                 f"--engine: {error}; install vLLM with 'revmux-vllm[cpu]' or 'revmux-vllm[cuda]'"
             ) from error
-        from revmux_vllm import checkpoint
         from revmux_vllm.engine.bundled_names import native_dtype
-        from revmux_vllm.engine.plugin import MODELS
 
-        _, values = checkpoint.read_config(folder)
-        if values["architectures"][0] not in MODELS:
-            raise ValueError(
-                f"--engine: no engine serves {values['architectures'][0]} yet; served are "
-                + ", ".join(MODELS)
-            )
-        self.prompts = [
-            tokenizer(text, truncation=True, max_length=max_tokens)["input_ids"] for text in texts
-        ]
+        self.prompts: list[list[int]] = tokenize(tokenizer, texts, max_tokens)["input_ids"]
         longest = max(map(len, self.prompts))
         self.llm = LLM(
             str(folder),
-            dtype=native_dtype() or "auto",
+            dtype=native_dtype(),
             enforce_eager=True,
             distributed_executor_backend="mp",
             max_model_len=longest,

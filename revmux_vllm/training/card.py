@@ -8,8 +8,18 @@ from revmux_vllm.training.evaluate import NUM_GROUPINGS, WINDOW
 COLUMNS = ("", "accuracy", "agreement", "speed-up", "layer limit")
 
 
-def model_card(name: str, config: RevMuxConfig, num_layers: int, report: dict[str, Any]) -> str:
-    """Markdown. Accuracies stand in it only when ``report`` has them."""
+def model_card(
+    name: str, config: RevMuxConfig, num_layers: int, report: dict[str, Any], served: bool
+) -> str:
+    """Markdown. Accuracies stand in it only when ``report`` has them.
+
+    Args:
+        name: of the checkpoint.
+        config: what it is.
+        num_layers: layers L of the backbone.
+        report: what was measured, as ``revmux eval --json`` prints it; may be empty.
+        served: whether the engine serves its family.
+    """
     lines = [
         f"# {name}",
         "",
@@ -17,7 +27,9 @@ def model_card(name: str, config: RevMuxConfig, num_layers: int, report: dict[st
         f"the first {config.prefill_layers} run on every sequence by itself, the others on "
         f"composites of {', '.join(map(str, config.widths))} sequences or on one alone.",
         "",
-        f"Serve it: `vllm serve {name}` with `revmux-vllm` installed.",
+        f"Serve it: `vllm serve {name}` with `revmux-vllm` installed."
+        if served
+        else "No engine serves this family yet; `revmux eval` measures it.",
         "",
     ]
     if report:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from revmux_vllm.adapters import AdapterLadder
@@ -46,6 +47,7 @@ class Costs:
 
 @torch.no_grad()
 def _flops(run: Callable[[], Any]) -> int:
-    with FlopCounterMode(display=False) as counter:
+    # The other kernels of attention are not counted by torch on every device.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         run()
     return int(counter.get_total_flops())

@@ -1,6 +1,7 @@
 """Text to train and measure on. Every mistake is named with file, row and cure, before any work."""
 
 import csv
+import io
 import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,13 +11,14 @@ from typing import Any
 
 from revmux_vllm.training.losses import UNLABELLED
 
-TEXT_COLUMNS = (
-    ("text",),
+TEXT_COLUMNS = (  # pairs first: QNLI has a question beside its sentence
     ("text_a", "text_b"),
-    ("sentence",),
     ("sentence1", "sentence2"),
+    ("question1", "question2"),
     ("question", "sentence"),
     ("premise", "hypothesis"),
+    ("text",),
+    ("sentence",),
 )
 LABEL_COLUMNS = ("label", "labels")
 
@@ -70,6 +72,8 @@ def read_rows(
     Raises:
         ValueError: naming the file, the row and the cure.
     """
+    if text_columns and len(text_columns) > 2:
+        raise ValueError(f"--text-columns {','.join(text_columns)}: expected one, or two for pairs")
     columns, rows = _open(source)
     texts_at = _choose(source, columns, text_columns, TEXT_COLUMNS, "--text-columns")
     label_at = None
@@ -82,7 +86,9 @@ def read_rows(
     kind: type | None = None
     for number, row in rows:
         text = tuple(row[column] for column in texts_at)
-        if not all(isinstance(part, str) and part.strip() for part in text):
+        if not all(isinstance(part, str) for part in text):
+            raise ValueError(f"{source}: row {number}: expected text, found {text}")
+        if not all(part.strip() for part in text):
             raise ValueError(f"{source}: row {number}: empty text; drop the row")
         texts.append(text if len(text) > 1 else text[0])
         if label_at is None:
@@ -104,7 +110,8 @@ def read_rows(
     if label_at is not None and len(set(labels)) < 2:
         raise ValueError(
             f"{source}: all {len(labels)} rows have the label {label_names[labels[0]]!r}; expected "
-            "at least two classes. To learn from the backbone alone leave the label column out"
+            "at least two classes"
+            + ("" if need_labels else "; to learn from the backbone alone drop the label column")
         )
     return LabelledText(texts, labels)
 
@@ -142,32 +149,33 @@ def _open(source: str | Path) -> tuple[list[str], Iterator[Row]]:
     """Column names and rows; the rows have exactly these columns."""
     path = Path(source)
     if not path.is_file():
-        if ":" in str(source) and not path.suffix:
+        if ":" in str(source) and path.suffix not in READERS:
             return _open_hub(str(source))
         raise ValueError(f"{source}: no such file")
-    readers = {
-        ".tsv": _read_tsv,
-        ".csv": _read_csv,
-        ".jsonl": _read_jsonl,
-        ".parquet": _read_parquet,
-    }
-    if path.suffix not in readers:
-        raise ValueError(f"{source}: expected a file ending in {', '.join(readers)}")
+    if path.suffix not in READERS:
+        raise ValueError(f"{source}: expected a file ending in {', '.join(READERS)}")
     try:
-        return readers[path.suffix](path)
+        return READERS[path.suffix](path)
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{source}: not UTF-8 at byte {error.start}; convert it, for example with iconv"
         ) from error
 
 
+def _lines(path: Path) -> list[str]:
+    """Lines that end in LF or CRLF and in nothing else; Excel's byte order mark is dropped."""
+    text = path.read_bytes().decode("utf-8-sig")
+    return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")] if text else []
+
+
 def _read_tsv(path: Path) -> tuple[list[str], Iterator[Row]]:
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = _lines(path)
     return _fields(path, ((i, line.split("\t")) for i, line in enumerate(lines, 1)))
 
 
 def _read_csv(path: Path) -> tuple[list[str], Iterator[Row]]:
-    reader = csv.reader(path.read_text(encoding="utf-8").splitlines(keepends=True))
+    csv.field_size_limit(2**31 - 1)
+    reader = csv.reader(io.StringIO(path.read_bytes().decode("utf-8-sig"), newline=""))
     return _fields(path, ((reader.line_num, fields) for fields in reader))
 
 
@@ -186,7 +194,7 @@ def _fields(path: Path, lines: Iterator[tuple[int, list[str]]]) -> tuple[list[st
 
 
 def _read_jsonl(path: Path) -> tuple[list[str], Iterator[Row]]:
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = _lines(path)
 
     def parse(number: int, line: str) -> Mapping[str, Any]:
         try:
@@ -218,6 +226,14 @@ def _read_parquet(path: Path) -> tuple[list[str], Iterator[Row]]:
     except pyarrow.ArrowInvalid as error:
         raise ValueError(f"{path}: not a Parquet file: {error}") from error
     return table.column_names, iter(enumerate(table.to_pylist(), 1))
+
+
+READERS = {
+    ".tsv": _read_tsv,
+    ".csv": _read_csv,
+    ".jsonl": _read_jsonl,
+    ".parquet": _read_parquet,
+}
 
 
 def _open_hub(source: str) -> tuple[list[str], Iterator[Row]]:

@@ -121,7 +121,8 @@ def evaluate_exits(
     costs = Costs(backbone, round(features.lengths.float().mean().item()))
     rows = []
     for place, (layer, head) in enumerate(exits.items()):
-        classes = head(features.exits[:, place].float()).argmax(-1)
+        device = next(head.parameters()).device
+        classes = head(features.exits[:, place].float().to(device)).argmax(-1).cpu()
         rows.append(
             {
                 "layer": int(layer),

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 MOST_EXITS = 5
@@ -53,7 +54,7 @@ def save_exits(folder: Path, exits: nn.ModuleDict, inner_size: int, dtype: torch
     path = folder / EXIT_FILE
     path.parent.mkdir(exist_ok=True)
     state = {key: tensor.to(dtype).contiguous() for key, tensor in exits.state_dict().items()}
-    save_file(state, path, metadata={"inner_size": str(inner_size)})
+    path.write_bytes(serialize(state, metadata={"inner_size": str(inner_size)}))
 
 
 def load_exits(folder: Path, hidden_size: int, num_labels: int) -> nn.ModuleDict:

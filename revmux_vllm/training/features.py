@@ -4,6 +4,8 @@ The prefill states feed the adapters and the final vectors teach them; neither c
 adapters train, so nothing below the cut and no teacher runs in the training loop.
 """
 
+import logging
+import os
 import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -24,6 +26,8 @@ from revmux_vllm.reference import rows_at, skip_state
 from revmux_vllm.training.data import LabelledText
 
 TOKENS_PER_BATCH = 4096
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -79,17 +83,24 @@ def extract(
         backbone: on the device to compute on.
         tokenizer: the backbone's.
         data: rows.
-        max_tokens: longer rows are cut.
+        max_tokens: longer rows are cut, with a warning.
         exit_layers: after which layers an early exit is to be trained.
         overflow: folder for prefill states that do not fit into memory.
 
     Raises:
-        ValueError: when they fit nowhere.
+        ValueError: when they fit nowhere, or a row has no tokens.
     """
-    device = next(backbone.classifier.parameters(), torch.empty(0)).device
+    device = next(backbone.layers[0].parameters()).device
     encoded = tokenize(tokenizer, data, max_tokens)
     ids, types = encoded["input_ids"], encoded.get("token_type_ids")
     lengths = torch.tensor([len(row) for row in ids])
+    if not lengths.all():
+        row = int(lengths.argmin())
+        raise ValueError(f"the tokenizer makes no token of {data.texts[row]!r}; drop such rows")
+    if cut := int((lengths == max_tokens).sum()):
+        logger.warning(
+            "%d of %d rows reach --max-tokens %d and may be cut", cut, len(ids), max_tokens
+        )
     starts = lengths.cumsum(0) - lengths
     size = backbone.hidden_size
     hidden = _buffer(int(lengths.sum()), size, overflow)
@@ -151,13 +162,17 @@ def _pad(rows: list[list[int]], batch: Any, device: torch.device) -> Tensor:
 def _buffer(rows: int, size: int, overflow: Path | None) -> Tensor:
     """Room for float32 (rows, size): in memory if half of what is free will do, else in a file."""
     num_bytes = 4 * rows * size
-    if overflow is None or num_bytes < psutil.virtual_memory().available / 2:
+    sharers = 2 * int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes of accelerate launch
+    if overflow is None or num_bytes < psutil.virtual_memory().available / sharers:
         return torch.empty(rows, size)
     overflow.mkdir(parents=True, exist_ok=True)
+    path = overflow / f"prefill-{rows}-{os.getpid()}.bin"
+    for stale in overflow.glob(f"prefill-{rows}-*.bin"):  # of a training that was stopped
+        if not psutil.pid_exists(int(stale.stem.split("-")[2])):
+            stale.unlink()
     if num_bytes > shutil.disk_usage(overflow).free:
         raise ValueError(
             f"prefill states of {rows:,} tokens take {num_bytes / 1e9:.1f} GB, which neither "
             f"memory nor {overflow} has; train on fewer rows, or on a disk with room"
         )
-    path = str(overflow / f"prefill-{rows}.bin")
-    return torch.from_file(path, shared=True, size=rows * size).view(rows, size)
+    return torch.from_file(str(path), shared=True, size=rows * size).view(rows, size)

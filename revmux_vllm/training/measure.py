@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from transformers import AutoConfig, AutoTokenizer
 
 from revmux_vllm import bundled, checkpoint
@@ -49,15 +50,21 @@ def measure(
     )
     if window < 1:
         raise ValueError(f"--window {window}: expected at least 1")
-    backbone = load_backbone(source, config.prefill_layers, config.label_words)
+    if engine and not checkpoint.is_served(hf_config.model_type, config):
+        raise ValueError(f"--engine: no engine serves {folder} yet; leave the option out")
+    if max_tokens < 1:
+        raise ValueError(f"--max-tokens {max_tokens}: expected at least 1")
+    device = PartialState().device
+    backbone = load_backbone(source, config.prefill_layers, config.label_words).to(device)
+    ladder.to(device)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    exits = load_exits(folder, hf_config.hidden_size, len(names))
+    exits = load_exits(folder, hf_config.hidden_size, len(names)).to(device)
     features = extract(backbone, tokenizer, texts, max_tokens, [int(layer) for layer in exits])
     answer = None
     if engine:
         from revmux_vllm.engine.offline import OfflineEngine
 
-        answer = OfflineEngine(folder, tokenizer, texts.texts, max_tokens, window).classes
+        answer = OfflineEngine(folder, tokenizer, texts, max_tokens, window).classes
     report = evaluate(backbone, ladder, features, window, answer)
     report["early_exit"] = evaluate_exits(backbone, exits, features)
     return report | {"classes": names}

@@ -11,7 +11,7 @@ def plot_report(report: dict[str, Any], path: Path, title: str) -> None:
 
 
 def plot_frontier(reports: dict[str, dict[str, Any]], path: Path, title: str) -> None:
-    """Draw several reports over one backbone; early exit is that of all reports together.
+    """Draw several reports over one backbone, beside the best early exit of each layer.
 
     Args:
         reports: by the name of their line.
@@ -26,11 +26,11 @@ def plot_frontier(reports: dict[str, dict[str, Any]], path: Path, title: str) ->
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
     backbone = 100 * next(iter(reports.values()))["backbone"]["accuracy"]
     axes.axhline(backbone, color="grey", linewidth=0.8, linestyle=":", label="backbone")
-    exits = {
-        row["layer"]: (row["speedup"], 100 * row["accuracy"])
-        for report in reports.values()
-        for row in report.get("early_exit", [])
-    }
+    exits: dict[int, tuple[float, float]] = {}
+    for report in reports.values():
+        for row in report.get("early_exit", []):
+            point = (row["speedup"], 100 * row["accuracy"])
+            exits[row["layer"]] = max(exits.get(row["layer"], point), point, key=lambda p: p[1])
     if exits:
         points = sorted([(1.0, backbone), *exits.values()])
         axes.plot(*zip(*points, strict=True), "o--", color="black", label="early exit")

@@ -45,7 +45,7 @@ def train_checkpoint(
     widths: tuple[int, ...],
     prefill_layers: int | None,
     adapter_type: str,
-    adapter_hidden_size: int | None,
+    adapter_hidden_size: int,
     recipe: Recipe,
     max_tokens: int,
     hold_out: float,
@@ -65,13 +65,12 @@ def train_checkpoint(
     Raises:
         ValueError: for what cannot work, before any training starts and before anything is written.
     """
-    if store_dtype not in DTYPES:
-        raise ValueError(f"--store-dtype {store_dtype}: expected {', '.join(DTYPES)}")
-    if not 0 <= hold_out < 1:
-        raise ValueError(f"--hold-out {hold_out}: expected a share of the rows, from 0 to below 1")
+    _check_numbers(recipe, hold_out, max_tokens, gradient_accumulation, store_dtype)
+    checkpoint.check_output(output, backbone, bundle_backbone)
     hf_config = read_backbone_config(backbone)
     try:
         check_family(hf_config, label_words)
+        _check_task(hf_config, label_words, max_tokens)
     except ValueError as error:
         raise ValueError(f"--backbone {backbone}: {error}") from None
     tokenizer = AutoTokenizer.from_pretrained(backbone)
@@ -80,7 +79,7 @@ def train_checkpoint(
         widths=widths,
         prefill_layers=prefill_layers if prefill_layers is not None else max(1, layers // 4),
         adapter_type=adapter_type,
-        adapter_hidden_size=adapter_hidden_size or 256,
+        adapter_hidden_size=adapter_hidden_size,
         skip=recipe.skip,
         label_words=tuple(label_words) if label_words else None,
     )
@@ -92,20 +91,25 @@ def train_checkpoint(
     if evaluation is not None:
         measured_rows = data.read_rows(evaluation, names, **columns, need_labels=True)
     kept, held = data.split_rows(len(rows), hold_out, seed)
-    if recipe.batch_size < widths[-1] or len(kept) < recipe.batch_size:
-        raise ValueError(
-            f"--batch-size {recipe.batch_size}: expected at least the widest width {widths[-1]} "
-            f"and at most the {len(kept)} training rows"
-        )
-    if held and len(held) < widths[-1]:
-        raise ValueError(
-            f"--hold-out {hold_out}: {len(held)} rows, fewer than the widest width {widths[-1]}; "
-            "give more rows, or --hold-out 0"
-        )
-    work = output / "trainer"
-    options = asdict(recipe) | config.to_dict() | {"seed": seed, "train": train}
     state = PartialState()
+    share = len(held) // state.num_processes
+    if held and share < widths[-1]:
+        raise ValueError(
+            f"--hold-out {hold_out}: {share} rows a process, fewer than the widest width "
+            f"{widths[-1]}; give more rows, or --hold-out 0"
+        )
+    step = recipe.batch_size * state.num_processes
+    if recipe.batch_size < widths[-1] or len(kept) < step:
+        raise ValueError(
+            f"--batch-size {recipe.batch_size}: expected at least the widest width {widths[-1]}, "
+            f"and in all processes together at most the {len(kept)} training rows"
+        )
     cut = load_backbone(backbone, config.prefill_layers, label_words).to(state.device)
+    work = output / "trainer"
+    options = asdict(recipe) | config.to_dict()
+    options |= {"seed": seed, "train": train, "backbone": backbone, "hold_out": hold_out}
+    options |= {"max_tokens": max_tokens, "bf16": bf16, "text_columns": text_columns}
+    options |= {"label_column": label_column, "gradient_accumulation": gradient_accumulation}
     if state.is_main_process:
         trainer.begin(work, options, resume)
     state.wait_for_everyone()
@@ -135,33 +139,68 @@ def train_checkpoint(
         gradient_accumulation=gradient_accumulation,
     )
     del features
+    if not state.is_main_process:
+        return None
     dtype = DTYPES[store_dtype]
-    for part in (ladder, exits, cut):
-        part.cpu()
-    ladder.to(dtype).float()  # measured as stored
+    for part in (ladder, exits):
+        part.to(dtype).float()  # measured as stored
+    served = checkpoint.is_served(hf_config.model_type, config)
+
+    def card(report: dict[str, Any]) -> str:
+        return model_card(output.name, config, layers, report, served)
+
+    checkpoint.save(
+        output, ladder, backbone, card({}), bundle_backbone=bundle_backbone, dtype=dtype
+    )
+    save_exits(output, exits, config.adapter_hidden_size, dtype)
+    (output / PLOT_FILE).unlink(missing_ok=True)
+    shutil.move(work / trainer.LOG_FILE, output / "training-log.jsonl")
     report: dict[str, Any] = {}
-    if state.is_main_process:
-        if measured_rows is not None:
-            own = features_of(measured_rows)
-            report = evaluate(cut, ladder, own)
-            report["early_exit"] = evaluate_exits(cut, exits, own)
-        card = model_card(output.name, config, layers, report)
-        checkpoint.save(
-            output,
-            ladder,
-            backbone,
-            card,
-            report=report,
-            bundle_backbone=bundle_backbone,
-            dtype=dtype,
-        )
-        save_exits(output, exits, config.adapter_hidden_size, dtype)
-        if report:
-            plot_report(report, output / PLOT_FILE, output.name)
-        shutil.move(work / trainer.LOG_FILE, output / "training-log.jsonl")
-        shutil.rmtree(work)
-    state.wait_for_everyone()
-    return report if state.is_main_process else None
+    if measured_rows is not None:
+        own = features_of(measured_rows)
+        report = evaluate(cut, ladder, own)
+        report |= {"early_exit": evaluate_exits(cut, exits, own), "classes": names}
+        checkpoint.write_card(output, card(report), report)
+        plot_report(report, output / PLOT_FILE, output.name)
+    shutil.rmtree(work)
+    return report
+
+
+def _check_numbers(
+    recipe: Recipe, hold_out: float, max_tokens: int, accumulation: int, store_dtype: str
+) -> None:
+    problems = []
+    if recipe.epochs <= 0:
+        problems.append(f"--epochs {recipe.epochs:g}: expected more than 0")
+    if recipe.learning_rate <= 0:
+        problems.append(f"--learning-rate {recipe.learning_rate:g}: expected more than 0")
+    if recipe.copies < 0:
+        problems.append(f"--augment {recipe.copies:g}: expected at least 0")
+    if not 0 <= hold_out < 1:
+        problems.append(f"--hold-out {hold_out}: expected a share of the rows, 0 to below 1")
+    if max_tokens < 1:
+        problems.append(f"--max-tokens {max_tokens}: expected at least 1")
+    if accumulation < 1:
+        problems.append(f"--gradient-accumulation {accumulation}: expected at least 1")
+    if store_dtype not in DTYPES:
+        problems.append(f"--store-dtype {store_dtype}: expected {', '.join(DTYPES)}")
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+def _check_task(hf_config: Any, label_words: Sequence[str] | None, max_tokens: int) -> None:
+    positions = getattr(hf_config, "max_position_embeddings", None)
+    if positions is not None:
+        # RoBERTa counts positions from behind its padding token.
+        positions -= hf_config.pad_token_id + 1 if hf_config.model_type == "roberta" else 0
+        if max_tokens > positions:
+            raise ValueError(f"--max-tokens {max_tokens}: the backbone takes {positions} at most")
+    if label_words:
+        return
+    if hf_config.num_labels < 2:
+        raise ValueError("a single label is a regression; a classifier has at least two")
+    if hf_config.problem_type not in (None, "single_label_classification"):
+        raise ValueError(f"problem_type {hf_config.problem_type!r}: expected one label per row")
 
 
 def read_backbone_config(backbone: str) -> Any:

@@ -1,13 +1,17 @@
 """Train a ladder of adapters, and beside it the early exits that it has to beat."""
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from datasets import Dataset
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
@@ -26,6 +30,7 @@ from revmux_vllm.training.recipes import Recipe
 
 LOG_FILE = "log.jsonl"
 OPTIONS_FILE = "options.json"
+FULL_DISK = 64 << 20  # bytes; with less free a failure to write is the disk's
 
 
 class LadderModel(nn.Module):
@@ -132,6 +137,14 @@ class JsonLines(TrainerCallback):
                 file.write(json.dumps({"step": state.global_step} | logs) + "\n")
 
 
+class SameOrder(TrainerCallback):
+    """The order of an epoch's rows comes from seed and epoch, so a resumed one is the same."""
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The sampler draws from torch's own generator."""
+        torch.manual_seed(args.seed + int(state.epoch or 0))
+
+
 def unfinished(work: Path) -> Path | None:
     """The last complete trainer checkpoint under ``work``: its state is what is written last."""
     found = [path.parent for path in work.glob("checkpoint-*/trainer_state.json")]
@@ -222,7 +235,9 @@ def train(
             "exit_states": own.exits[index].float(),
         }
 
-    steps_per_epoch = max(1, len(features) // (recipe.batch_size * gradient_accumulation))
+    processes = PartialState().num_processes
+    step = recipe.batch_size * gradient_accumulation * processes
+    steps_per_epoch = max(1, len(features) // step)
     every = max(1, round(recipe.epochs * steps_per_epoch / evaluations))
     arguments: dict[str, Any] = {"train_sampling_strategy": "group_by_length"}
     if held_out is not None:
@@ -232,39 +247,58 @@ def train(
             "load_best_model_at_end": True,
             "metric_for_best_model": "eval_loss",
         }
+    settings = TrainingArguments(
+        output_dir=str(work),
+        num_train_epochs=recipe.epochs,
+        learning_rate=recipe.learning_rate,
+        lr_scheduler_type=recipe.schedule,
+        warmup_steps=0.06,
+        weight_decay=0.01,
+        per_device_train_batch_size=recipe.batch_size,
+        per_device_eval_batch_size=min(recipe.batch_size, len(held_out or features) // processes),
+        gradient_accumulation_steps=gradient_accumulation,
+        bf16=bf16,
+        dataloader_drop_last=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        remove_unused_columns=False,
+        label_names=["labels"],
+        prediction_loss_only=True,
+        save_strategy="steps",
+        save_steps=every,
+        save_total_limit=2,
+        restore_callback_states_from_checkpoint=True,
+        logging_steps=50,
+        report_to=[],
+        seed=seed,
+        **arguments,
+    )
+    # Several GPUs are for accelerate launch: without it Trainer would copy the adapters to all of
+    # them and leave the backbone on the first.
+    settings._n_gpu = min(1, settings.n_gpu)
     trainer = Trainer(
         model=LadderModel(backbone, ladder, exits, recipe.paper_loss),
-        args=TrainingArguments(
-            output_dir=str(work),
-            num_train_epochs=recipe.epochs,
-            learning_rate=recipe.learning_rate,
-            lr_scheduler_type=recipe.schedule,
-            warmup_steps=0.06,
-            weight_decay=0.01,
-            per_device_train_batch_size=recipe.batch_size,
-            per_device_eval_batch_size=min(recipe.batch_size, len(held_out or features)),
-            gradient_accumulation_steps=gradient_accumulation,
-            bf16=bf16,
-            dataloader_drop_last=True,
-            dataloader_pin_memory=torch.cuda.is_available(),
-            remove_unused_columns=False,
-            label_names=["labels"],
-            prediction_loss_only=True,
-            save_strategy="steps",
-            save_steps=every,
-            save_total_limit=2,
-            logging_steps=50,
-            report_to=[],
-            seed=seed,
-            **arguments,
-        ),
+        args=settings,
         train_dataset=rows_of(features),
         eval_dataset=None if held_out is None else rows_of(held_out),
         data_collator=collate,
-        callbacks=[JsonLines(work / LOG_FILE)]
+        callbacks=[JsonLines(work / LOG_FILE), SameOrder()]
         + ([EarlyStoppingCallback(patience)] if held_out is not None else []),
     )
     last = unfinished(work)
-    trainer.train(resume_from_checkpoint=str(last) if last else None)
+    if last is not None:
+        _forget_lines(work / LOG_FILE, int(last.name.split("-")[1]))
+    try:
+        trainer.train(resume_from_checkpoint=str(last) if last else None)
+    except (RuntimeError, SafetensorError) as error:  # how torch and safetensors meet a full disk
+        if shutil.disk_usage(work).free > FULL_DISK:
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(work)) from error
     ladder.eval()
     exits.eval()
+
+
+def _forget_lines(log: Path, step: int) -> None:
+    """Drop what was reported behind ``step``: it is run again."""
+    lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = [line for line in lines if json.loads(line)["step"] <= step]
+    log.write_text("".join(kept), encoding="utf-8")

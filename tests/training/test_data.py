@@ -42,6 +42,22 @@ def test_every_format_gives_the_same_rows(tmp_path: Path) -> None:
         assert data.read_rows(source, NAMES) == data.LabelledText(texts, [1, 0])
 
 
+def test_marks_and_separators_of_other_programs(tmp_path: Path) -> None:
+    """A byte order mark, CRLF, and U+2028, which Python's splitlines takes for a line's end."""
+    expected = data.LabelledText(["a\u2028b", "c"], [0, 1])
+    for suffix, content in (
+        (".csv", "\ufefflabel,text\r\n0,a\u2028b\r\n1,c\r\n"),
+        (".tsv", "\ufefflabel\ttext\r\n0\ta\u2028b\r\n1\tc\r\n"),
+        (".jsonl", '{"label": 0, "text": "a\u2028b"}\r\n{"label": 1, "text": "c"}\n'),
+    ):
+        assert data.read_rows(write(tmp_path, content, suffix), NAMES) == expected
+
+
+def test_a_question_beside_a_sentence_is_a_pair(tmp_path: Path) -> None:
+    path = write(tmp_path, "question\tsentence\tlabel\nwho\tme\t0\nhow\tso\t1\n")
+    assert data.read_rows(path, NAMES).texts == [("who", "me"), ("how", "so")]
+
+
 def test_a_hub_data_set_by_name_config_and_split(monkeypatch: pytest.MonkeyPatch) -> None:
     """The hub itself cannot be asked here; what stands in for it is a real ``Dataset``."""
     asked: list[Any] = []
@@ -66,7 +82,7 @@ def test_without_a_label_column_rows_are_unlabelled(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("label\tbody\n1\tfine\n", "row 1: expected the columns text or .* found label, body"),
+        ("label\tbody\n1\tfine\n", "row 1: expected the columns .* or text or sentence; found label, body"),
         ("", "row 1: expected the columns .* found nothing"),
         ("label\ttext\n", "no rows below the header"),
         ("label\ttext\n1\tfine\tmore\n", "row 2: expected 2 fields, found 3"),
@@ -90,7 +106,7 @@ def test_mistakes_are_named(tmp_path: Path, content: str | bytes, message: str) 
         (".jsonl", '{"text": "a", "label": 0}\nnonsense\n', "row 2: not JSON"),
         (".jsonl", '{"text": "a", "label": 0}\n[1]\n', r"row 2: expected an object, found '\[1\]'"),
         (".jsonl", '{"text": "a", "label": true}\n', "row 1: label True: expected an integer"),
-        (".jsonl", '{"text": 3, "label": 1}\n', "row 1: empty text"),
+        (".jsonl", '{"text": 3, "label": 1}\n', r"row 1: expected text, found \(3,\)"),
         (".csv", "label,text\n0,a\n1,b,c\n", "row 3: expected 2 fields, found 3"),
         (".parquet", "nonsense", "not a Parquet file"),
         (".xlsx", "nonsense", "expected a file ending in .tsv, .csv, .jsonl, .parquet"),
