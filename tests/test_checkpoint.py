@@ -118,10 +118,23 @@ def test_missing_and_foreign_files_are_named(folder: Path, tmp_path: Path) -> No
         checkpoint.validate(folder)
 
 
+def test_writing_again_leaves_nothing_of_before(folder: Path, tmp_path: Path) -> None:
+    """A backbone that is no longer bundled must go, or vLLM would read it beside the named one."""
+    ladder, backbone = checkpoint.load_adapters(folder), tmp_path / "backbone"
+    shutil.copytree(folder, backbone)
+    for bundle in (True, False):
+        checkpoint.save(tmp_path / "out", ladder, backbone, "# card", bundle_backbone=bundle)
+        assert (tmp_path / "out" / "model.safetensors").exists() is bundle
+    assert (tmp_path / "out" / checkpoint.ADAPTER_FILE).stat().st_mode & 0o044 == 0o044
+    with pytest.raises(ValueError, match="that is the backbone's folder"):
+        checkpoint.save(backbone, ladder, backbone, "# card")
+
+
 def test_the_bundled_checkpoint_is_whole_and_small() -> None:
     folder = bundled.resolve("revmux-llama")
     config = checkpoint.validate(folder)
-    assert {2, 4} <= set(config.widths)
-    assert sum(file.stat().st_size for file in folder.iterdir()) < 25e6
+    assert config.widths == (2, 4, 8)
+    assert checkpoint.read_report(folder)["widths"].keys() == {"2", "4", "8"}
+    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 25e6
     with pytest.raises(ValueError, match="no such folder; bundled are revmux-llama"):
         bundled.resolve("nothing-here")

@@ -82,7 +82,10 @@ def test_without_a_label_column_rows_are_unlabelled(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("label\tbody\n1\tfine\n", "row 1: expected the columns .* or text or sentence; found label, body"),
+        (
+            "label\tbody\n1\tfine\n",
+            "row 1: expected the columns .* or text or sentence; found label, body",
+        ),
         ("", "row 1: expected the columns .* found nothing"),
         ("label\ttext\n", "no rows below the header"),
         ("label\ttext\n1\tfine\tmore\n", "row 2: expected 2 fields, found 3"),
