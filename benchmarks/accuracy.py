@@ -2,7 +2,8 @@
 
 One command makes the backbones (``adapters/train_backbone.py``), trains every contender with
 ``revmux train``, and prints one table; a plot per task lies beside the results. What is finished is
-kept in ``--work``, so an interrupted run continues where it stopped.
+kept in ``--work``, so an interrupted run continues where it stopped; remove a contender's folder
+there to train it again with other options.
 
     python benchmarks/accuracy.py --data ../shared/data --work build/accuracy
     python benchmarks/accuracy.py --data ../shared/data --work build/accuracy --families llama,t5 \\
@@ -79,26 +80,39 @@ def measure(
     return dict(json.loads(report.read_text(encoding="utf-8")))
 
 
-def rows_of(family: str, task: str, name: str, report: dict[str, Any]) -> list[dict[str, Any]]:
+def rows_of(
+    family: str, task: str, name: str, report: dict[str, Any], exits: dict[int, dict[str, Any]]
+) -> list[dict[str, Any]]:
     """The widths of a report as rows of the result."""
     shared = {"family": family, "task": task, "backbone": report["backbone"]["accuracy"]}
     rows = []
     for width, row in report["widths"].items():
         kept = {key: row[key] for key in ("prefill_layers", "speedup", "accuracy", "agreement")}
-        early = early_exit_at(report, row["speedup"])
+        early = early_exit_at(exits, report["backbone"]["accuracy"], row["speedup"])
         rows.append(shared | {"contender": name, "width": int(width), "early_exit": early} | kept)
     return rows
 
 
-def early_exit_at(report: dict[str, Any], speedup: float) -> float | None:
+def best_exits(reports: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
+    """The most accurate early exit of each layer: whatever recipe trained it, it is the rival."""
+    best: dict[int, dict[str, Any]] = {}
+    for report in reports:
+        for row in report["early_exit"]:
+            best[row["layer"]] = max(best.get(row["layer"], row), row, key=lambda r: r["accuracy"])
+    return best
+
+
+def early_exit_at(
+    exits: dict[int, dict[str, Any]], backbone: float, speedup: float
+) -> float | None:
     """Accuracy of early exit at this speed-up, between its two neighbours by cost per sequence."""
-    points = [(1.0, report["backbone"]["accuracy"])]
-    points += [(1 / row["speedup"], row["accuracy"]) for row in report["early_exit"]]
+    points = [(1.0, backbone)]
+    points += [(1 / row["speedup"], row["accuracy"]) for row in exits.values()]
     points.sort()
     cost = 1 / speedup
     for (low, below), (high, above) in itertools.pairwise(points):
         if low <= cost <= high:
-            return below + (above - below) * (cost - low) / (high - low)
+            return float(below + (above - below) * (cost - low) / (high - low))
     return None
 
 
@@ -126,9 +140,11 @@ def main(
                 for name in contenders.split(";"):
                     passes = 2 * epochs if "paper" in name else epochs
                     options = ["--widths", widths, "--epochs", str(passes)]
-                    report = measure(family, task, name, cut, data, work, options)
-                    rows += rows_of(family, task, name, report)
-                    lines[f"{name}, l={cut}"] = report
+                    line = f"{name}, l={cut}"
+                    lines[line] = measure(family, task, name, cut, data, work, options)
+            exits = best_exits(list(lines.values()))
+            for line, report in lines.items():
+                rows += rows_of(family, task, line.rsplit(", ", 1)[0], report, exits)
             plot_frontier(lines, work / f"{family}-{task}.png", f"{task}, {family}")
     if as_json:
         print(json.dumps(rows))
