@@ -7,7 +7,6 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
-from datasets import Dataset
 
 from revmux_vllm.training import data
 from revmux_vllm.training.losses import UNLABELLED
@@ -58,18 +57,18 @@ def test_a_question_beside_a_sentence_is_a_pair(tmp_path: Path) -> None:
     assert data.read_rows(path, NAMES).texts == [("who", "me"), ("how", "so")]
 
 
-def test_a_hub_data_set_by_name_config_and_split(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The hub itself cannot be asked here; what stands in for it is a real ``Dataset``."""
-    asked: list[Any] = []
-
-    def load_dataset(*args: Any, **kwargs: Any) -> Dataset:
-        asked.append((args, kwargs))
-        return Dataset.from_dict({"body": ["a", "b"], "answer": [0, 1]})
-
-    monkeypatch.setattr("datasets.load_dataset", load_dataset)
-    rows = data.read_rows("glue:sst2:train", NAMES, text_columns=["body"], label_column="answer")
-    assert rows == data.LabelledText(["a", "b"], [0, 1])
-    assert asked == [(("glue", "sst2"), {"split": "train"})]
+def test_a_data_set_of_the_datasets_library(tmp_path: Path, monkeypatch: Any) -> None:
+    """Read as a hub data set is; here from a folder, which the library takes in place of a name."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "reviews"
+    folder.mkdir()
+    (folder / "train.csv").write_text("body,answer\na,0\nb,1\n")
+    options: Any = {"text_columns": ["body"], "label_column": "answer"}
+    expected = data.LabelledText(["a", "b"], [0, 1])
+    assert data.read_rows(f"{folder}:train", NAMES, **options) == expected
+    assert data.read_rows(f"{folder}:default:train", NAMES, **options) == expected
+    with pytest.raises(ValueError, match="neither a file nor a hub data set that can be read"):
+        data.read_rows(f"{folder}:nothing", NAMES, **options)
 
 
 def test_without_a_label_column_rows_are_unlabelled(tmp_path: Path) -> None:
