@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
 from transformers import AutoConfig, AutoTokenizer
 
 from revmux_vllm import bundled, checkpoint
 from revmux_vllm.backbones import load_backbone
 from revmux_vllm.training import data
+from revmux_vllm.training.device import process_state
 from revmux_vllm.training.evaluate import evaluate, evaluate_exits
 from revmux_vllm.training.exits import load_exits
 from revmux_vllm.training.features import extract
@@ -54,7 +54,7 @@ def measure(
         raise ValueError(f"--engine: no engine serves {folder} yet; leave the option out")
     if max_tokens < 1:
         raise ValueError(f"--max-tokens {max_tokens}: expected at least 1")
-    device = PartialState().device
+    device = process_state().device
     backbone = load_backbone(source, config.prefill_layers, config.label_words).to(device)
     ladder.to(device)
     tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from transformers import AutoConfig, AutoTokenizer, set_seed
 
 from revmux_vllm import checkpoint
@@ -16,6 +15,7 @@ from revmux_vllm.backbones import check_family, load_backbone
 from revmux_vllm.config import RevMuxConfig
 from revmux_vllm.training import data, trainer
 from revmux_vllm.training.card import model_card
+from revmux_vllm.training.device import process_state
 from revmux_vllm.training.evaluate import evaluate, evaluate_exits
 from revmux_vllm.training.exits import exit_layers, make_exits, save_exits
 from revmux_vllm.training.features import Features, extract
@@ -91,7 +91,7 @@ def train_checkpoint(
     if evaluation is not None:
         measured_rows = data.read_rows(evaluation, names, **columns, need_labels=True)
     kept, held = data.split_rows(len(rows), hold_out, seed)
-    state = PartialState()
+    state = process_state()
     share = len(held) // state.num_processes
     if held and share < widths[-1]:
         raise ValueError(

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from datasets import Dataset
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -18,6 +17,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, Traini
 from revmux_vllm.adapters import AdapterLadder
 from revmux_vllm.backbones import Backbone
 from revmux_vllm.reference import demultiplex, multiplex, streams_of
+from revmux_vllm.training.device import on_cpu, process_state
 from revmux_vllm.training.features import Features
 from revmux_vllm.training.losses import (
     answer_loss,
@@ -235,7 +235,7 @@ def train(
             "exit_states": own.exits[index].float(),
         }
 
-    processes = PartialState().num_processes
+    processes = process_state().num_processes
     step = recipe.batch_size * gradient_accumulation * processes
     steps_per_epoch = max(1, len(features) // step)
     every = max(1, round(recipe.epochs * steps_per_epoch / evaluations))
@@ -258,6 +258,7 @@ def train(
         per_device_eval_batch_size=min(recipe.batch_size, len(held_out or features) // processes),
         gradient_accumulation_steps=gradient_accumulation,
         bf16=bf16,
+        use_cpu=on_cpu(),
         dataloader_drop_last=True,
         dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=False,
