@@ -7,7 +7,8 @@ from typing import Any
 
 def plot_report(report: dict[str, Any], path: Path, title: str) -> None:
     """Draw the report of ``revmux eval`` as a PNG; a bar is the spread over the groupings."""
-    plot_frontier({"RevMUX": report}, path, title)
+    cuts = sorted({row["prefill_layers"] for row in report["widths"].values()})
+    plot_frontier({f"RevMUX, l={', '.join(map(str, cuts))}": report}, path, title)
 
 
 def plot_frontier(reports: dict[str, dict[str, Any]], path: Path, title: str) -> None:
@@ -55,6 +56,7 @@ def _draw_widths(axes: Any, name: str, rows: Sequence[tuple[str, dict[str, Any]]
         [100 * (row["accuracy"]["max"] - row["accuracy"]["mean"]) for _, row in ordered],
     ]
     axes.errorbar(speedups, means, yerr=spread, fmt="s-", capsize=3, label=name)
-    for (width, row), speedup, mean in zip(ordered, speedups, means, strict=True):
-        note = f"N={width}, l={row['prefill_layers']}"
-        axes.annotate(note, (speedup, mean), xytext=(6, 4), textcoords="offset points", fontsize=8)
+    for (width, _), speedup, mean in zip(ordered, speedups, means, strict=True):
+        axes.annotate(
+            f"N={width}", (speedup, mean), xytext=(6, 5), textcoords="offset points", fontsize=8
+        )
