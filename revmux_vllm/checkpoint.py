@@ -75,6 +75,12 @@ def backbone_shape(values: dict[str, Any]) -> tuple[int, int]:
     return int(values["hidden_size"]), int(values["num_hidden_layers"])
 
 
+def meta_ladder(config: RevMuxConfig, values: dict[str, Any]) -> AdapterLadder:
+    """Adapters of the shapes that a ``config.json`` asks for, without memory behind them."""
+    with torch.device("meta"):
+        return AdapterLadder(config, backbone_shape(values)[0])
+
+
 def read_report(folder: str | Path) -> dict[str, Any]:
     """What was measured when the checkpoint was made; empty if nothing was."""
     path = Path(folder) / REPORT_FILE
@@ -89,8 +95,7 @@ def validate(folder: str | Path) -> RevMuxConfig:
     """
     folder = Path(folder)
     config, values = read_config(folder)
-    with torch.device("meta"):
-        expected = AdapterLadder(config, backbone_shape(values)[0]).state_dict()
+    expected = meta_ladder(config, values).state_dict()
     path = folder / ADAPTER_FILE
     if not path.is_file():
         raise ValueError(f"{folder}: {ADAPTER_FILE} is missing")
@@ -125,8 +130,7 @@ def load_adapters(folder: str | Path, dtype: torch.dtype | None = None) -> Adapt
     config = validate(folder)
     _, values = read_config(folder)
     tensors = load_file(Path(folder) / ADAPTER_FILE)
-    with torch.device("meta"):
-        ladder = AdapterLadder(config, backbone_shape(values)[0])
+    ladder = meta_ladder(config, values)
     state = {
         key.removeprefix(KEY_PREFIX): tensor.to(dtype) if dtype else tensor
         for key, tensor in tensors.items()

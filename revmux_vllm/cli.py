@@ -311,11 +311,9 @@ def _errors(hint: str = "") -> Iterator[None]:
     except ValueError as error:
         _fail(str(error))
     except OSError as error:
-        _fail(f"{error}. An unfinished training keeps its last checkpoint: --resume continues it")
+        _fail(f"{error}. {hint}".removesuffix(". "))
     except KeyboardInterrupt:
-        _fail(
-            "interrupted. An unfinished training keeps its last checkpoint: --resume continues it"
-        )
+        _fail(f"interrupted. {hint}".removesuffix(". "))
 
 
 def _fail(message: str) -> NoReturn:

@@ -7,7 +7,6 @@ import torch
 from safetensors import safe_open
 
 from revmux_vllm import bundled, checkpoint
-from revmux_vllm.adapters import AdapterLadder
 from revmux_vllm.config import layer_limit
 
 
@@ -21,13 +20,11 @@ def describe(folder: str | Path) -> dict[str, Any]:
     config = checkpoint.validate(folder)
     _, values = checkpoint.read_config(folder)
     hidden_size, layers = checkpoint.backbone_shape(values)
-    with torch.device("meta"):
-        ladder = AdapterLadder(config, hidden_size)
     named = checkpoint.backbone_folder(folder)
     backbone = _count_parameters(Path(named))
     report = checkpoint.read_report(folder)
     widths = {}
-    for width, adapter in ladder.items():
+    for width, adapter in checkpoint.meta_ladder(config, values).items():
         count = sum(parameter.numel() for parameter in adapter.parameters())
         measured = report.get("widths", {}).get(str(width), {})
         widths[str(width)] = {

@@ -42,6 +42,11 @@ def streams_of(adapter: Adapter, hidden: Tensor, lengths: Tensor) -> Tensor:
     return streams.unflatten(0, (num_groups, num_tokens))
 
 
+def compose(adapter: Adapter, streams: Tensor) -> Tensor:
+    """Streams (G, T, N, S), as ``streams_of`` makes them, to composites (G, T, D)."""
+    return adapter.mix(streams.flatten(0, 1)).unflatten(0, streams.shape[:2])
+
+
 def multiplex(adapter: Adapter, hidden: Tensor, lengths: Tensor) -> Tensor:
     """G composites of the adapter's width.
 
@@ -52,9 +57,7 @@ def multiplex(adapter: Adapter, hidden: Tensor, lengths: Tensor) -> Tensor:
     Returns:
         (G, T, D), what the upper layers run on.
     """
-    return adapter.mix(streams_of(adapter, hidden, lengths).flatten(0, 1)).unflatten(
-        0, (len(hidden), -1)
-    )
+    return compose(adapter, streams_of(adapter, hidden, lengths))
 
 
 def demultiplex(

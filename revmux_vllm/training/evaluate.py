@@ -70,7 +70,9 @@ def group_windows(parts: Sequence[Any], lengths: Sequence[int], widths: Sequence
 def evaluate(
     backbone: Backbone,
     ladder: AdapterLadder,
+    exits: nn.ModuleDict,
     features: Features,
+    names: Sequence[str],
     window: int = WINDOW,
     answer: Predict | None = None,
 ) -> dict[str, Any]:
@@ -79,7 +81,9 @@ def evaluate(
     Args:
         backbone: cut as ``ladder`` wants it.
         ladder: adapters to measure.
+        exits: early exits to measure; their keys are the layers of ``features.exits``.
         features: of labelled rows.
+        names: of the classes.
         window: requests that are packed together.
         answer: computes the classes; default: the reference on ``features``.
     """
@@ -109,16 +113,12 @@ def evaluate(
             "accuracy": _summary([_share(c == features.labels) for c in classes]),
             "agreement": _summary([_share(c == own) for c in classes]),
         } | scores(classes, features)
-    return report
+    return report | {"early_exit": _exit_rows(exits, features, costs), "classes": list(names)}
 
 
 @torch.no_grad()
-def evaluate_exits(
-    backbone: Backbone, exits: nn.ModuleDict, features: Features
-) -> list[dict[str, Any]]:
-    """Early exits, as the report has them. The heads' keys are the layers of ``features.exits``."""
+def _exit_rows(exits: nn.ModuleDict, features: Features, costs: Costs) -> list[dict[str, Any]]:
     own = features.logits.argmax(-1)
-    costs = Costs(backbone, round(features.lengths.float().mean().item()))
     rows = []
     for place, (layer, head) in enumerate(exits.items()):
         device = next(head.parameters()).device

@@ -9,7 +9,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -61,11 +61,6 @@ class Features:
         tokens = inside(lengths, int(lengths.max()))  # (b, T)
         rows = (self.starts[index, None] + torch.arange(tokens.shape[1])) * tokens
         return self.hidden[rows] * tokens.unsqueeze(-1)
-
-    def select(self, index: Tensor) -> "Features":
-        """Some of the rows; the prefill states are shared."""
-        chosen = {f.name: getattr(self, f.name)[index] for f in fields(self) if f.name != "hidden"}
-        return replace(self, **chosen)
 
 
 @torch.no_grad()

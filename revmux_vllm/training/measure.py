@@ -10,7 +10,7 @@ from revmux_vllm import bundled, checkpoint
 from revmux_vllm.backbones import load_backbone
 from revmux_vllm.training import data
 from revmux_vllm.training.device import process_state
-from revmux_vllm.training.evaluate import evaluate, evaluate_exits
+from revmux_vllm.training.evaluate import evaluate
 from revmux_vllm.training.exits import load_exits
 from revmux_vllm.training.features import extract
 from revmux_vllm.training.run import label_names
@@ -65,6 +65,4 @@ def measure(
         from revmux_vllm.engine.offline import OfflineEngine
 
         answer = OfflineEngine(folder, tokenizer, texts, max_tokens, window).classes
-    report = evaluate(backbone, ladder, features, window, answer)
-    report["early_exit"] = evaluate_exits(backbone, exits, features)
-    return report | {"classes": names}
+    return evaluate(backbone, ladder, exits, features, names, window, answer)

@@ -16,7 +16,7 @@ from revmux_vllm.config import RevMuxConfig
 from revmux_vllm.training import data, trainer
 from revmux_vllm.training.card import model_card
 from revmux_vllm.training.device import process_state
-from revmux_vllm.training.evaluate import evaluate, evaluate_exits
+from revmux_vllm.training.evaluate import evaluate
 from revmux_vllm.training.exits import exit_layers, make_exits, save_exits
 from revmux_vllm.training.features import Features, extract
 from revmux_vllm.training.plot import plot_report
@@ -158,8 +158,7 @@ def train_checkpoint(
     report: dict[str, Any] = {}
     if measured_rows is not None:
         own = features_of(measured_rows)
-        report = evaluate(cut, ladder, own)
-        report |= {"early_exit": evaluate_exits(cut, exits, own), "classes": names}
+        report = evaluate(cut, ladder, exits, own, names)
         checkpoint.write_card(output, card(report), report)
         plot_report(report, output / PLOT_FILE, output.name)
     shutil.rmtree(work)

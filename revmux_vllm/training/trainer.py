@@ -16,7 +16,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, Traini
 
 from revmux_vllm.adapters import AdapterLadder
 from revmux_vllm.backbones import Backbone
-from revmux_vllm.reference import demultiplex, multiplex, streams_of
+from revmux_vllm.reference import compose, demultiplex, streams_of
 from revmux_vllm.training.device import on_cpu, process_state
 from revmux_vllm.training.features import Features
 from revmux_vllm.training.losses import (
@@ -78,15 +78,20 @@ class LadderModel(nn.Module):
         """
         adapters = self.ladder.items()
         groups = [self._groups(lengths, width) for width, _ in adapters]
-        composites = [
-            multiplex(adapter, hidden[group], lengths[group])
+        streams = [
+            streams_of(adapter, hidden[group], lengths[group])
             for (_, adapter), group in zip(adapters, groups, strict=True)
+        ]
+        composites = [
+            compose(adapter, own) for (_, adapter), own in zip(adapters, streams, strict=True)
         ]
         sizes = [len(composite) for composite in composites]
         longest = torch.cat([lengths[group[:, 0]] for group in groups])
         outs = self.backbone.upper(torch.cat(composites), longest).split(sizes)
         losses = {}
-        for (width, adapter), group, out in zip(adapters, groups, outs, strict=True):
+        for (width, adapter), group, mixed, out in zip(
+            adapters, groups, streams, outs, strict=True
+        ):
             own, own_lengths, rows = hidden[group], lengths[group], group.flatten()
             target = labels[rows], teacher_logits[rows], teacher_vectors[rows]
             ways = (True, False) if self.ladder.config.skip and self.training else (True,)
@@ -98,8 +103,7 @@ class LadderModel(nn.Module):
             ]
             losses[f"loss_width_{width}"] = torch.stack(parts).mean()
             if self.paper_loss:
-                streams = streams_of(adapter, own, own_lengths)
-                losses[f"loss_streams_{width}"] = stream_similarity(streams)
+                losses[f"loss_streams_{width}"] = stream_similarity(mixed)
         for place, (layer, head) in enumerate(self.exits.items() if self.training else ()):
             losses[f"loss_exit_{layer}"] = answer_loss(
                 head(exit_states[:, place]), labels, teacher_logits

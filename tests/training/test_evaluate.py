@@ -54,6 +54,17 @@ def test_tables_and_plot(trained: Path, rows: Path, tmp_path: Path) -> None:
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_an_unwritable_plot_says_nothing_of_training(
+    trained: Path, rows: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    result = revmux(f"eval {trained} --eval {rows} --plot {tmp_path / 'file' / 'plot.png'}")
+    assert result.exit_code == 2
+    assert "width 4" in result.output  # the measurement is not lost
+    assert "error:" in result.output
+    assert "--resume" not in result.output
+
+
 def test_rows_without_labels_cannot_be_measured(trained: Path, tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "dev.tsv", 8, 1, labels=False)
     result = revmux(f"eval {trained} --eval {rows}")
@@ -78,6 +89,7 @@ def test_inspect_of_a_bundled_name_and_of_nothing() -> None:
     assert json.loads(revmux("inspect revmux-llama --json").stdout)["layers"] == 12
     result = revmux("inspect nothing-here")
     assert result.exit_code == 2
+    assert "--resume" not in result.output
     assert "bundled are revmux-llama" in result.output
 
 
