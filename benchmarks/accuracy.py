@@ -1,4 +1,4 @@
-"""Accuracy against speed-up: RevMUX, the paper's adapters and recipe, and early exit.
+"""Accuracy against speed-up: RevMUX, merged tokens, the paper's recipe, and early exit.
 
 One command makes the backbones (``adapters/train_backbone.py``), trains every contender with
 ``revmux train``, and prints one table; a plot per task lies beside the results. What is finished is
@@ -33,7 +33,7 @@ TASKS = {
 }
 STUDENTS = {"llama": ["--layers", "12"], "t5": ["--layers", "6"]}
 CONTENDERS = {
-    "revmux": [],
+    "default": [],
     "revmux, paper": ["--recipe", "paper"],
     "ora, paper": ["--recipe", "paper", "--adapter-type", "ora"],
     "vanilla, paper": ["--recipe", "paper", "--adapter-type", "vanilla"],
@@ -63,33 +63,57 @@ def backbone(family: str, task: str, data: Path, work: Path, epochs: float) -> P
     return folder
 
 
+def training_rows(task: str, data: Path, work: Path, most: int | None) -> Path:
+    """The file of training rows, or an even sample of ``most`` of them."""
+    whole = data / task / "train.tsv"
+    if most is None:
+        return whole
+    sample = work / f"{task}-{most}.tsv"
+    if not sample.is_file():
+        header, *rows = whole.read_text(encoding="utf-8").splitlines(keepends=True)
+        step = max(1.0, len(rows) / most)
+        kept = [rows[int(i * step)] for i in range(min(most, len(rows)))]
+        work.mkdir(parents=True, exist_ok=True)
+        sample.write_text(header + "".join(kept), encoding="utf-8")
+    return sample
+
+
 def measure(
-    family: str, task: str, contender: str, cut: int, data: Path, work: Path, options: list[str]
+    family: str,
+    task: str,
+    contender: str,
+    rungs: str,
+    cut: int,
+    rows: Path,
+    data: Path,
+    work: Path,
+    options: list[str],
 ) -> dict[str, Any]:
-    """The report of one trained ladder."""
+    """The report of one ladder, trained on ``rows`` unless it was before."""
     root = work / f"{family}-{task}"
-    folder = root / f"{contender.replace(', ', '-')}-l{cut}"
+    name = f"{contender}-{rungs}-l{cut}-{rows.stem}"
+    folder = root / name.replace(", ", "-").replace(",", "-").replace(":", "")
     report = folder / "report.json"
     if not report.is_file():
         words = ["--label-words", TASKS[task][0]] if family == "t5" else []
         resume = ["--resume"] if (folder / "trainer" / "options.json").is_file() else []
         where = ["--backbone", root / "backbone", "--output", folder, "--prefill-layers", cut]
-        rows = ["--train", data / task / "train.tsv", "--eval", data / task / "dev.tsv"]
+        files = ["--train", rows, "--eval", data / task / "dev.tsv"]
         more = [*CONTENDERS[contender], *words, *options, *resume]
-        run("-m", "revmux_vllm.cli", "train", *where, *rows, *more)
+        run("-m", "revmux_vllm.cli", "train", *where, *files, *more)
     return dict(json.loads(report.read_text(encoding="utf-8")))
 
 
 def rows_of(
     family: str, task: str, name: str, report: dict[str, Any], exits: dict[int, dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """The widths of a report as rows of the result."""
+    """The rungs of a report as rows of the result."""
     shared = {"family": family, "task": task, "backbone": report["backbone"]["accuracy"]}
     rows = []
-    for width, row in report["widths"].items():
+    for rung, row in report["rungs"].items():
         kept = {key: row[key] for key in ("prefill_layers", "speedup", "accuracy", "agreement")}
         early = early_exit_at(exits, report["backbone"]["accuracy"], row["speedup"])
-        rows.append(shared | {"contender": name, "width": int(width), "early_exit": early} | kept)
+        rows.append(shared | {"contender": name, "rung": rung, "early_exit": early} | kept)
     return rows
 
 
@@ -123,11 +147,18 @@ def main(
     families: Annotated[str, typer.Option(help="Of bert, llama, t5.")] = "bert",
     contenders: Annotated[str, typer.Option(help="Separated by ;")] = ";".join(CONTENDERS),
     prefill_layers: Annotated[str, typer.Option(help="Cuts l.")] = "1,2,3",
-    widths: Annotated[str, typer.Option(help="Widths N of every ladder.")] = "2,4,8",
+    rungs: Annotated[
+        str, typer.Option(help="Rungs of every ladder; the paper's recipe has those of mux alone.")
+    ] = "mux:2,mux:4,mux:8,merge:2,merge:3,merge:4",
     epochs: Annotated[
         float, typer.Option(help="Over rows and copies; the paper's recipe, without copies, twice.")
     ] = 2.0,
+    most_rows: Annotated[
+        int | None,
+        typer.Option(help="Train adapters on a sample of so many rows; backbones see all."),
+    ] = None,
     student_epochs: Annotated[float, typer.Option(help="Of LLaMA and T5 backbones.")] = 5.0,
+    more: Annotated[str, typer.Option(help="More options for `revmux train`.")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="JSON on standard output.")] = False,
 ) -> None:
     """Train what is missing and print the table."""
@@ -135,13 +166,17 @@ def main(
     for family in families.split(","):
         for task in tasks.split(","):
             backbone(family, task, data, work, student_epochs)
+            train = training_rows(task, data, work, most_rows)
             lines: dict[str, dict[str, Any]] = {}
             for cut in map(int, prefill_layers.split(",")):
                 for name in contenders.split(";"):
                     passes = 2 * epochs if "paper" in name else epochs
-                    options = ["--widths", widths, "--epochs", str(passes)]
+                    own = [r for r in rungs.split(",") if "paper" not in name or r[:3] == "mux"]
+                    options = ["--rungs", ",".join(own), "--epochs", str(passes), *more.split()]
                     line = f"{name}, l={cut}"
-                    lines[line] = measure(family, task, name, cut, data, work, options)
+                    lines[line] = measure(
+                        family, task, name, ",".join(own), cut, train, data, work, options
+                    )
             exits = best_exits(list(lines.values()))
             for line, report in lines.items():
                 rows += rows_of(family, task, line.rsplit(", ", 1)[0], report, exits)
@@ -149,7 +184,7 @@ def main(
     if as_json:
         print(json.dumps(rows))
         return
-    columns = ("backbone", "task", "adapters", "l", "N", "speed-up", "accuracy", "agreement")
+    columns = ("backbone", "task", "adapters", "l", "rung", "speed-up", "accuracy", "agreement")
     table = Table(*columns, "early exit there", "alone")
     for row in rows:
         accuracy, agreement = row["accuracy"], row["agreement"]["mean"]
@@ -159,7 +194,7 @@ def main(
             row["task"],
             row["contender"],
             str(row["prefill_layers"]),
-            str(row["width"]),
+            row["rung"],
             f"{row['speedup']:.2f}x",
             f"{100 * accuracy['mean']:.1f} "
             f"({100 * accuracy['min']:.1f} to {100 * accuracy['max']:.1f})",

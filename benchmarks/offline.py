@@ -2,7 +2,7 @@
 
 Plain vLLM and every multiplexed configuration classify the same prompts in turn, in alternating
 order; each ratio compares two neighbours in time. No HTTP and no tokenising: prompts are token
-ids. Schedulers run in this process, so that one engine serves several widths.
+ids. Schedulers run in this process, so that one engine serves several rungs.
 
     python benchmarks/offline.py                              12 layers, D=768, random weights
     python benchmarks/offline.py --model revmux-llama --texts examples/sentences.txt
@@ -25,6 +25,8 @@ from rich.table import Table
 
 from revmux_vllm import bundled, checkpoint
 from revmux_vllm.config import RevMuxConfig, layer_limit
+from revmux_vllm.engine.policy import Policy
+from revmux_vllm.rungs import Rung, parse_rungs
 
 SHAPE = {
     "model_type": "llama",
@@ -42,12 +44,13 @@ SHAPE = {
     "id2label": {"0": "negative", "1": "positive"},
     "architectures": ["RevMuxLlamaForSequenceClassification"],
 }
-CONFIGURATIONS = ((2, 3), (4, 3), (8, 3), (4, 1))  # width N, prefill layers l
+RUNGS = parse_rungs(["mux:2", "mux:4", "mux:8", "merge:2", "merge:4", "merge:2+mux:2"])
+CONFIGURATIONS = [(rung, 3) for rung in RUNGS] + [(Rung(mux=4), 1)]  # rung, prefill layers l
 
 
 def write_shape(root: Path, prefill_layers: int) -> Path:
     """A folder that describes the benchmark's model; its weights are drawn at random."""
-    revmux = RevMuxConfig(widths=(2, 4, 8), prefill_layers=prefill_layers, adapter_hidden_size=768)
+    revmux = RevMuxConfig(RUNGS, prefill_layers, adapter_hidden_size=768)
     folder = root / f"l{prefill_layers}"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(SHAPE | {"revmux": revmux.to_dict()}))
@@ -55,7 +58,7 @@ def write_shape(root: Path, prefill_layers: int) -> Path:
 
 
 class Engine:
-    """An engine, and how fast it answers at one width."""
+    """An engine, and how fast it answers at one rung."""
 
     def __init__(self, model: str, plain: bool, dummy: bool, dtype: str) -> None:
         from vllm import LLM
@@ -70,12 +73,12 @@ class Engine:
         self.llm = LLM(model, distributed_executor_backend="mp", **options)
         self.scheduler = self.llm.llm_engine.engine_core.engine_core.scheduler  # type: ignore[attr-defined]
 
-    def rate(self, prompts: list[list[int]], width: int | None) -> float:
-        """Requests per second; ``width`` None for plain vLLM."""
+    def rate(self, prompts: list[list[int]], rung: Rung | None) -> float:
+        """Requests per second; ``rung`` None for plain vLLM."""
         from vllm import TokensPrompt
 
-        if width is not None:
-            self.scheduler.widths = tuple(w for w in (2, 4, 8) if w <= width)
+        if rung is not None:
+            self.scheduler.policy = Policy(self.scheduler.revmux.kind(rung))
         inputs = [TokensPrompt(prompt_token_ids=prompt) for prompt in prompts]
         start = time.perf_counter()
         self.llm.classify(inputs, use_tqdm=False)
@@ -102,11 +105,11 @@ def main(
             folder = bundled.resolve(model)
             config, values = checkpoint.read_config(folder)
             layers, cuts = values["num_hidden_layers"], (config.prefill_layers,)
-            configurations = [(n, config.prefill_layers) for n in config.widths]
+            configurations = [(rung, config.prefill_layers) for rung in config.rungs]
             folders = {config.prefill_layers: folder}
             prompts = text_prompts(folder, texts, requests)
         else:
-            layers, configurations = SHAPE["num_hidden_layers"], list(CONFIGURATIONS)
+            layers, configurations = SHAPE["num_hidden_layers"], CONFIGURATIONS
             cuts = tuple(dict.fromkeys(cut for _, cut in configurations))
             folders = {cut: write_shape(Path(scratch), cut) for cut in cuts}
             prompts = [[rng.randrange(32_000) for _ in range(tokens)] for _ in range(requests)]
@@ -118,12 +121,12 @@ def main(
             plain = Engine(plain_model, True, not model, dtype)
             engines = {cut: Engine(str(folders[cut]), False, not model, dtype) for cut in cuts}
             contenders: list[Any] = [("plain", plain, None)]
-            contenders += [((n, cut), engines[cut], n) for n, cut in configurations]
+            contenders += [((rung, cut), engines[cut], rung) for rung, cut in configurations]
             progress.update(task, description="measuring", total=(rounds + 1) * len(contenders))
             rates: dict[Any, list[float]] = {name: [] for name, *_ in contenders}
             for turn in range(rounds + 1):
-                for name, engine, width in contenders if turn % 2 else reversed(contenders):
-                    rates[name].append(engine.rate(prompts, width))
+                for name, engine, rung in contenders if turn % 2 else reversed(contenders):
+                    rates[name].append(engine.rate(prompts, rung))
                     progress.advance(task)
     for values_ in rates.values():
         del values_[0]  # the warm-up
@@ -134,7 +137,8 @@ def main(
         "dtype": dtype,
         "plain_requests_per_s": statistics.median(rates["plain"]),
         "configurations": [
-            summary(rates[(n, cut)], rates["plain"], n, cut, layers) for n, cut in configurations
+            summary(rates[(rung, cut)], rates["plain"], rung, cut, layers)
+            for rung, cut in configurations
         ],
     }
     if as_json:
@@ -158,13 +162,13 @@ def text_prompts(folder: Path, texts: Path | None, requests: int) -> list[list[i
 
 
 def summary(
-    rates: list[float], plain: list[float], width: int, cut: int, layers: Any
+    rates: list[float], plain: list[float], rung: Rung, cut: int, layers: Any
 ) -> dict[str, Any]:
     """Median and spread of one configuration against plain vLLM, round by round."""
     ratios = [mine / theirs for mine, theirs in zip(rates, plain, strict=True)]
-    limit = layer_limit(width, cut, layers)
+    limit = layer_limit(rung.saving, cut, layers)
     return {
-        "width": width,
+        "rung": str(rung),
         "prefill_layers": cut,
         "requests_per_s": statistics.median(rates),
         "ratio": statistics.median(ratios),
@@ -186,7 +190,7 @@ def as_table(report: dict[str, Any]) -> Table:
     table.add_row("plain vLLM", f"{report['plain_requests_per_s']:.1f}", "1", "1", "")
     for row in report["configurations"]:
         table.add_row(
-            f"N={row['width']} l={row['prefill_layers']}",
+            f"{row['rung']}, l={row['prefill_layers']}",
             f"{row['requests_per_s']:.1f}",
             f"{row['ratio']:.2f} ({row['ratio_min']:.2f} to {row['ratio_max']:.2f})",
             f"{row['layer_limit']:.2f}",

@@ -5,8 +5,10 @@ import statistics
 import time
 
 from revmux_vllm.packing import plan_requests
+from revmux_vllm.rungs import parse_rungs
 
 REQUESTS, ROUNDS = 1024, 200
+RUNGS = parse_rungs(["mux:2", "mux:4", "mux:8", "merge:2"])
 
 if __name__ == "__main__":
     rng = random.Random(0)
@@ -15,7 +17,7 @@ if __name__ == "__main__":
     times = []
     for _ in range(ROUNDS):
         start = time.perf_counter()
-        plan_requests(ids, lengths, (2, 4, 8), [None] * REQUESTS)
+        plan_requests(ids, lengths, RUNGS, [None] * REQUESTS)
         times.append(1e3 * (time.perf_counter() - start))
     print(
         f"{REQUESTS} requests planned in {statistics.median(times):.3f} ms "

@@ -1,4 +1,4 @@
-"""Ask ``/classify`` many things at once, and read back at which widths they ran."""
+"""Ask ``/classify`` many things at once, and read back at which rungs they ran."""
 
 import asyncio
 import time
@@ -11,6 +11,7 @@ import aiohttp
 from prometheus_client.parser import text_string_to_metric_families
 
 from revmux_vllm import layer_limit
+from revmux_vllm.rungs import Rung
 
 SETTLE_S = 5.0
 
@@ -66,43 +67,46 @@ class Target:
         answers = await asyncio.gather(*(self.classify(text) for text in texts))
         return answers, len(texts) / (time.perf_counter() - started)
 
-    async def width_counts(self) -> Counter[int]:
-        """Requests by width since the server started."""
+    async def rung_counts(self) -> Counter[str]:
+        """Requests by rung since the server started."""
         async with self._session.get("/metrics") as response:
-            return parse_width_counts(await response.text())
+            return parse_rung_counts(await response.text())
 
-    async def width_counts_since(self, before: Counter[int], num_requests: int) -> Counter[int]:
-        """Requests by width since ``before``, once all ``num_requests`` are counted.
+    async def rung_counts_since(self, before: Counter[str], num_requests: int) -> Counter[str]:
+        """Requests by rung since ``before``, once all ``num_requests`` are counted.
 
         The server counts a step after sending its answers; what is missing after ``SETTLE_S``
         stays missing.
         """
         deadline = time.monotonic() + SETTLE_S
         while True:
-            counts = await self.width_counts() - before
+            counts = await self.rung_counts() - before
             if counts.total() >= num_requests or time.monotonic() > deadline:
                 return counts
             await asyncio.sleep(0.2)
 
 
-def parse_width_counts(metrics: str) -> Counter[int]:
-    """``revmux:requests_total`` by width, out of the text of ``/metrics``."""
-    counts: Counter[int] = Counter()
+def parse_rung_counts(metrics: str) -> Counter[str]:
+    """``revmux:requests_total`` by rung, out of the text of ``/metrics``."""
+    counts: Counter[str] = Counter()
     for family in text_string_to_metric_families(metrics):
         for sample in family.samples:
             if sample.name == "revmux:requests_total":
-                counts[int(sample.labels["width"])] += int(sample.value)
+                counts[sample.labels["rung"]] += int(sample.value)
     return counts
 
 
-def mixed_layer_limit(counts: Mapping[int, int], prefill_layers: int, num_layers: int) -> float:
-    """``layer_limit`` of requests that ran at several widths: their layer costs add up.
+def mixed_layer_limit(counts: Mapping[str, int], prefill_layers: int, num_layers: int) -> float:
+    """``layer_limit`` of requests that ran at several rungs: their layer costs add up.
 
     Raises:
         ValueError: if nothing ran.
     """
     total = sum(counts.values())
     if not total:
-        raise ValueError("no request was counted at any width; is the revmux plugin active?")
-    cost = sum(n / layer_limit(width, prefill_layers, num_layers) for width, n in counts.items())
+        raise ValueError("no request was counted at any rung; is the revmux plugin active?")
+    cost = 0.0
+    for name, n in counts.items():
+        saving = 1 if name == str(Rung()) else Rung.parse(name).saving
+        cost += n / layer_limit(saving, prefill_layers, num_layers)
     return total / cost

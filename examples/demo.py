@@ -62,7 +62,7 @@ class Result:
     plain_answers: list[Answer]
     rates: list[float]
     plain_rates: list[float]
-    width_counts: Counter[int]
+    rung_counts: Counter[str]
     limit: float
 
     @property
@@ -119,20 +119,20 @@ async def measure(
         for target in targets:
             await target.burst(texts)
             progress.advance(task)
-        before = await targets[0].width_counts_since(Counter(), len(texts))
+        before = await targets[0].rung_counts_since(Counter(), len(texts))
         for number in range(rounds):
             for i in (0, 1) if number % 2 == 0 else (1, 0):
                 await asyncio.sleep(PAUSE_S)
                 answers[i], rate = await targets[i].burst(texts)
                 rates[i].append(rate)
                 progress.advance(task)
-        counts = await targets[0].width_counts_since(before, rounds * len(texts))
+        counts = await targets[0].rung_counts_since(before, rounds * len(texts))
     return Result(
         answers=answers[0],
         plain_answers=answers[1],
         rates=rates[0],
         plain_rates=rates[1],
-        width_counts=counts,
+        rung_counts=counts,
         limit=mixed_layer_limit(counts, *layers),
     )
 
@@ -152,11 +152,11 @@ def print_answers(console: Console, texts: list[str], result: Result, rows: int)
 
 
 def print_measurements(console: Console, result: Result) -> None:
-    """Widths and throughput."""
-    table = Table("width", "requests", "share", title="Requests by width")
-    total = result.width_counts.total()
-    for width, count in sorted(result.width_counts.items()):
-        table.add_row(str(width), str(count), f"{count / total:.1%}")
+    """Rungs and throughput."""
+    table = Table("rung", "requests", "share", title="Requests by rung (mux:N: N in a composite)")
+    total = result.rung_counts.total()
+    for rung, count in sorted(result.rung_counts.items()):
+        table.add_row(rung, str(count), f"{count / total:.1%}")
     console.print(table)
     table = Table("server", "median requests/s", "min", "max", title="Throughput")
     for name, rates in ((MODEL, result.rates), ("plain backbone", result.plain_rates)):
@@ -166,7 +166,7 @@ def print_measurements(console: Console, result: Result) -> None:
     low, high = min(result.round_ratios), max(result.round_ratios)
     console.print(
         f"Ratio of medians [bold]{result.ratio:.2f}x[/bold] ({low:.2f} to {high:.2f} over "
-        f"{len(result.rates)} rounds); layer limit of these widths {result.limit:.2f}x."
+        f"{len(result.rates)} rounds); layer limit of these rungs {result.limit:.2f}x."
     )
     console.print(
         "Over HTTP the front end (tokenising, HTTP, this client) bounds the ratio too: "
@@ -183,7 +183,7 @@ def to_json(texts: list[str], result: Result) -> dict[str, Any]:
         "round_ratios": result.round_ratios,
         "layer_limit": result.limit,
         "agreement": result.agreement,
-        "requests_by_width": dict(sorted(result.width_counts.items())),
+        "requests_by_rung": dict(sorted(result.rung_counts.items())),
         "requests_per_s": {MODEL: result.rates, PLAIN: result.plain_rates},
         "answers": [
             {"text": text, **asdict(ours), "plain": asdict(plain)} for text, ours, plain in triples

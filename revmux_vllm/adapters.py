@@ -8,7 +8,8 @@ Three types, as the paper compares them (section 4; table 2 there): ``revmux`` m
 separates by the inverse, ``ora`` mixes reversibly and separates freely, ``vanilla`` does both
 freely. Beyond the paper (docs/architecture.md has the reasons): one down-projection per stream,
 normalised rows before it and a learned scale after it, and a skip connection from what the prefill
-layers already know of a member into its own output.
+layers already know of a member into its own output. ``RungAdapter`` puts such an adapter, or the
+merging of neighbouring tokens (merging.py), or one after the other, behind one interface.
 """
 
 from abc import ABC, abstractmethod
@@ -19,6 +20,8 @@ from torch import Tensor, nn
 
 from revmux_vllm.config import RevMuxConfig
 from revmux_vllm.coupling import ReversibleCoupling
+from revmux_vllm.merging import Refiner, TokenMerge
+from revmux_vllm.rungs import Rung
 
 
 class Adapter(nn.Module, ABC):
@@ -176,25 +179,58 @@ ADAPTERS: dict[str, type[Adapter]] = {
 }
 
 
+class RungAdapter(nn.Module):
+    """What a rung does before the upper layers and after them.
+
+    Args:
+        rung: which.
+        config: of the ladder.
+        hidden_size: D of the backbone.
+
+    Attributes:
+        merger: for neighbouring tokens, or None.
+        mux: for the sequences of a composite, or None.
+        refiner: where there is no composite to separate, or None.
+    """
+
+    def __init__(self, rung: Rung, config: RevMuxConfig, hidden_size: int) -> None:
+        super().__init__()
+        inner = config.adapter_hidden_size
+        self.merger = TokenMerge(rung.merge, hidden_size, inner) if rung.merge > 1 else None
+        self.mux: Adapter | None = None
+        self.refiner: Refiner | None = None
+        if rung.mux > 1:
+            self.mux = ADAPTERS[config.adapter_type](rung.mux, hidden_size, inner, config.skip)
+        else:
+            self.refiner = Refiner(hidden_size, inner, config.skip)
+
+    def read(self, rows: Tensor, stream: Tensor, skip: Tensor | None) -> Tensor:
+        """The vectors (M, D) of M members; arguments as for ``Adapter.demultiplex``."""
+        if self.mux is not None:
+            return self.mux.demultiplex(rows, stream, skip)
+        assert self.refiner is not None
+        assert skip is not None
+        return self.refiner(rows, skip)
+
+
 class AdapterLadder(nn.Module):
-    """Adapters for several widths over one backbone. Keys of the state dict: ``{N}.{...}``."""
+    """Adapters of several rungs over one backbone. Keys of the state dict: ``{rung}.{...}``."""
 
     def __init__(self, config: RevMuxConfig, hidden_size: int) -> None:
         super().__init__()
         self.config = config
-        make = ADAPTERS[config.adapter_type]
-        for width in config.widths:
-            adapter = make(width, hidden_size, config.adapter_hidden_size, config.skip)
-            self.add_module(str(width), adapter)
+        for rung in config.rungs:
+            self.add_module(str(rung), RungAdapter(rung, config, hidden_size))
 
-    def __getitem__(self, width: int) -> Adapter:
-        """The adapter of one width; KeyError names the widths there are."""
-        if width not in self.config.widths:
-            raise KeyError(f"no adapter of width {width}; there are {list(self.config.widths)}")
-        adapter = self.get_submodule(str(width))
-        assert isinstance(adapter, Adapter)
+    def __getitem__(self, rung: Rung) -> RungAdapter:
+        """The adapter of one rung; KeyError names those there are."""
+        if rung not in self.config.rungs:
+            known = ", ".join(map(str, self.config.rungs))
+            raise KeyError(f"no adapter for rung {rung}; there are {known}")
+        adapter = self.get_submodule(str(rung))
+        assert isinstance(adapter, RungAdapter)
         return adapter
 
-    def items(self) -> Iterable[tuple[int, Adapter]]:
-        """(width, adapter), ascending."""
-        return [(width, self[width]) for width in self.config.widths]
+    def items(self) -> Iterable[tuple[Rung, RungAdapter]]:
+        """(rung, adapter), in the order of the config."""
+        return [(rung, self[rung]) for rung in self.config.rungs]

@@ -12,7 +12,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from revmux_vllm.rungs import Rung, parse_rungs
 from revmux_vllm.training.recipes import RECIPES
+
+DEFAULT_RUNGS = "mux:2,mux:4,mux:8"
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -66,9 +69,17 @@ def train(
             "labels, by whose LM-head scores a language model answers."
         ),
     ] = None,
+    rungs: Annotated[
+        str | None,
+        typer.Option(
+            help="What the upper layers run on, all trained together: `mux:N` composites of N "
+            "sequences, `merge:N` one row per N neighbouring tokens, `merge:M+mux:N` both. "
+            f"Default: `{DEFAULT_RUNGS}`."
+        ),
+    ] = None,
     widths: Annotated[
-        str, typer.Option(help="Streams per composite; all are trained together.")
-    ] = "2,4,8",
+        str | None, typer.Option(help="`2,4` is short for --rungs `mux:2,mux:4`.")
+    ] = None,
     prefill_layers: Annotated[
         int | None,
         typer.Option(
@@ -141,7 +152,7 @@ def train(
             text_columns=_split(text_columns),
             label_column=label_column,
             label_words=_split(label_words),
-            widths=_widths(widths),
+            rungs=_rungs(rungs, widths),
             prefill_layers=prefill_layers,
             adapter_type=adapter_type,
             adapter_hidden_size=adapter_hidden_size,
@@ -185,7 +196,7 @@ def eval_command(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Accuracy of every width over ten shuffled groupings, beside the backbone's own.
+    """Accuracy of every rung over ten shuffled groupings, beside the backbone's own.
 
     Early exit, the rival that costs less to build, stands in the table and in the plot.
     """
@@ -217,7 +228,7 @@ def eval_command(
 
 @app.command()
 def inspect(folder: Folder, as_json: AsJson = False) -> None:
-    """What a checkpoint is: backbone, widths, parameters added, layer limits, accuracies."""
+    """What a checkpoint is: backbone, rungs, parameters added, layer limits, accuracies."""
     with _errors():
         from revmux_vllm.inspection import describe
 
@@ -231,11 +242,11 @@ def inspect(folder: Folder, as_json: AsJson = False) -> None:
             table.add_row(key.replace("_", " "), _plain(value))
     console = Console()
     console.print(table)
-    rungs = Table("width", "layer limit", "parameters added", "of the backbone", "accuracy")
-    for width, row in facts["widths"].items():
+    rungs = Table("rung", "layer limit", "parameters added", "of the backbone", "accuracy")
+    for rung, row in facts["rungs"].items():
         accuracy = row["accuracy"]
         rungs.add_row(
-            width,
+            rung,
             f"{row['layer_limit']:.2f}x",
             f"{row['parameters']:,}",
             "" if row["parameters_share"] is None else f"{100 * row['parameters_share']:.1f} %",
@@ -265,13 +276,12 @@ def report_table(report: dict[str, Any]) -> Table:
 
 
 def class_table(report: dict[str, Any]) -> Table:
-    """Confusion matrix and scores of every class, of the backbone and of every width."""
+    """Confusion matrix and scores of every class, of the backbone and of every rung."""
     names = report["classes"]
     table = Table(title="By class: scores in per cent, rows answered as each class")
     for column in ("", "class", "precision", "recall", "F1", *(f"as {name}" for name in names)):
         table.add_column(column, justify="left" if column in ("", "class") else "right")
-    rungs = {"backbone": report["backbone"]}
-    rungs |= {f"width {width}": row for width, row in report["widths"].items()}
+    rungs = {"backbone": report["backbone"]} | report["rungs"]
     for rung, row in rungs.items():
         for i, name in enumerate(names):
             scores = (f"{100 * row['per_class'][s][i]:.1f}" for s in ("precision", "recall", "f1"))
@@ -285,11 +295,16 @@ def _split(words: str | None) -> list[str] | None:
     return None if words is None else words.split(",")
 
 
-def _widths(words: str) -> tuple[int, ...]:
+def _rungs(rungs: str | None, widths: str | None) -> tuple[Rung, ...]:
+    if rungs and widths:
+        raise ValueError("--rungs and --widths: give one of them; --widths is the short form")
+    names = (rungs or DEFAULT_RUNGS).split(",")
+    if widths:
+        names = [f"mux:{width}" for width in widths.split(",")]
     try:
-        return tuple(int(width) for width in words.split(","))
-    except ValueError:
-        raise ValueError(f"--widths {words}: expected integers such as 2,4,8") from None
+        return parse_rungs(names)
+    except ValueError as error:
+        raise ValueError(f"--widths {widths}: {error}" if widths else f"--rungs: {error}") from None
 
 
 def _next_step(output: Path) -> str:

@@ -8,16 +8,18 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-FORMAT_VERSION = 1
+from revmux_vllm.rungs import Rung, parse_rungs
+
+FORMAT_VERSION = 2
 ADAPTER_TYPES = ("revmux", "ora", "vanilla")
 
 
 @dataclass(frozen=True)
 class RevMuxConfig:
-    """A ladder of composite widths over one frozen backbone.
+    """A ladder of rungs over one frozen backbone.
 
     Attributes:
-        widths: streams per composite (N), each at least 2, ascending; width 1 is always there.
+        rungs: what the upper layers may run on, sorted; the backbone alone is always there.
         prefill_layers: backbone layers (l) that every sequence runs by itself.
         adapter_type: which multiplexer and demultiplexer; see ``ADAPTER_TYPES``.
         adapter_hidden_size: width of the demultiplexer's inner layers.
@@ -32,7 +34,7 @@ class RevMuxConfig:
         ValueError: naming every field whose value cannot work, with what was expected.
     """
 
-    widths: tuple[int, ...]
+    rungs: tuple[Rung, ...]
     prefill_layers: int
     adapter_type: str = "revmux"
     adapter_hidden_size: int = 256
@@ -42,7 +44,6 @@ class RevMuxConfig:
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "widths", tuple(self.widths))
         if isinstance(self.label_words, list):
             object.__setattr__(self, "label_words", tuple(self.label_words))
         problems = []
@@ -51,14 +52,8 @@ class RevMuxConfig:
                 f"revmux.format_version: expected {FORMAT_VERSION}, found {self.format_version!r}; "
                 "this checkpoint was written by another version of revmux-vllm"
             )
-        if not self.widths or any(not _is_int(n) or n < 2 for n in self.widths):
-            problems.append(
-                f"revmux.widths: expected integers of at least 2, found {list(self.widths)!r}"
-            )
-        elif list(self.widths) != sorted(set(self.widths)):
-            problems.append(
-                f"revmux.widths: expected ascending and unique, found {list(self.widths)!r}"
-            )
+        if not self.rungs:
+            problems.append("revmux.rungs: expected at least one, such as mux:2")
         if not _is_int(self.prefill_layers) or self.prefill_layers < 1:
             problems.append(
                 f"revmux.prefill_layers: expected at least 1, found {self.prefill_layers!r}"
@@ -88,34 +83,52 @@ class RevMuxConfig:
             problems.append(f"revmux.backbone: expected a path or hub id, found {self.backbone!r}")
         _raise(problems)
 
+    def kind(self, rung: Rung) -> tuple[Rung, ...]:
+        """``rung`` and what serves those whom it leaves over: as merged, and no wider."""
+        return tuple(r for r in self.rungs if r.merge == rung.merge and r.mux <= rung.mux)
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "RevMuxConfig":
         """Read the ``revmux`` object. Unknown and missing keys are errors that name them."""
         if not isinstance(values, Mapping):
             raise ValueError(f"revmux: expected an object in config.json, found {values!r}")
         known = {field.name for field in fields(cls)}
-        required = {"widths", "prefill_layers", "adapter_type", "format_version"}
+        required = {"rungs", "prefill_layers", "adapter_type", "format_version"}
         problems = [
             f"revmux.{key}: unknown key; known are {', '.join(sorted(known))}"
             for key in sorted(set(values) - known)
         ]
         problems += [f"revmux.{key}: missing" for key in sorted(required - set(values))]
-        if not isinstance(values.get("widths", []), list | tuple):
-            problems.append(f"revmux.widths: expected a list, found {values['widths']!r}")
+        rungs: tuple[Rung, ...] = ()
+        names = values.get("rungs", [])
+        if not isinstance(names, list | tuple):
+            problems.append(f"revmux.rungs: expected a list, found {names!r}")
+        else:
+            try:
+                rungs = parse_rungs(names)
+            except ValueError as error:
+                problems.append(f"revmux.rungs: {error}")
         _raise(problems)
-        return cls(**values)
+        return cls(**dict(values) | {"rungs": rungs})
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form; ``from_dict`` reads it back."""
         words = list(self.label_words) if self.label_words else None
-        return asdict(self) | {"widths": list(self.widths), "label_words": words}
+        rungs = [str(rung) for rung in self.rungs]
+        return asdict(self) | {"rungs": rungs, "label_words": words}
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Streams N of the rungs that only multiplex, ascending."""
+        return tuple(rung.mux for rung in self.rungs if rung.merge == 1)
 
     def check_backbone(self, hidden_size: int, num_layers: int) -> None:
-        """Raise ValueError if a backbone of this shape cannot carry these widths."""
+        """Raise ValueError if a backbone of this shape cannot carry these rungs."""
         problems = [
-            f"revmux.widths: {n} does not divide the backbone's hidden_size {hidden_size}"
-            for n in self.widths
-            if hidden_size % n
+            f"revmux.rungs: {rung}: {rung.mux} does not divide the backbone's hidden_size "
+            f"{hidden_size}"
+            for rung in self.rungs
+            if hidden_size % rung.mux
         ]
         if self.prefill_layers >= num_layers:
             problems.append(
@@ -125,10 +138,16 @@ class RevMuxConfig:
         _raise(problems)
 
 
-def layer_limit(width: int, prefill_layers: int, num_layers: int) -> float:
-    """Speed-up at ``width`` if layers were the only cost: 1 / (l/L + (1 - l/L)/N)."""
+def layer_limit(saving: int, prefill_layers: int, num_layers: int) -> float:
+    """Speed-up if layers were the only cost: 1 / (l/L + (1 - l/L)/N).
+
+    Args:
+        saving: N, rows of the backbone that one row of the upper layers stands for.
+        prefill_layers: l.
+        num_layers: L.
+    """
     lower = prefill_layers / num_layers
-    return 1 / (lower + (1 - lower) / width)
+    return 1 / (lower + (1 - lower) / saving)
 
 
 def _is_int(value: object) -> bool:

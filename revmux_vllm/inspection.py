@@ -23,12 +23,12 @@ def describe(folder: str | Path) -> dict[str, Any]:
     named = checkpoint.backbone_folder(folder)
     backbone = _count_parameters(Path(named))
     report = checkpoint.read_report(folder)
-    widths = {}
-    for width, adapter in checkpoint.meta_ladder(config, values).items():
+    rungs = {}
+    for rung, adapter in checkpoint.meta_ladder(config, values).items():
         count = sum(parameter.numel() for parameter in adapter.parameters())
-        measured = report.get("widths", {}).get(str(width), {})
-        widths[str(width)] = {
-            "layer_limit": layer_limit(width, config.prefill_layers, layers),
+        measured = report.get("rungs", {}).get(str(rung), {})
+        rungs[str(rung)] = {
+            "layer_limit": layer_limit(rung.saving, config.prefill_layers, layers),
             "parameters": count,
             "parameters_share": count / backbone if backbone else None,
             "accuracy": measured.get("accuracy"),
@@ -44,7 +44,7 @@ def describe(folder: str | Path) -> dict[str, Any]:
         "layers": layers,
         "prefill_layers": config.prefill_layers,
         "label_words": list(config.label_words) if config.label_words else None,
-        "widths": widths,
+        "rungs": rungs,
     }
 
 

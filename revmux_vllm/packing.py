@@ -7,6 +7,8 @@ and how the upper layers see them is the engine's.
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
+from revmux_vllm.rungs import Rung
+
 
 @dataclass(frozen=True)
 class MuxPlan:
@@ -14,10 +16,12 @@ class MuxPlan:
 
     Attributes:
         groups: request ids of each composite, the carrier (its longest member) first. A group of
-            one is a sequence that runs alone, which is the backbone itself.
+            one shares its rows with nobody.
+        rungs: at which each of them runs, as many as there are groups.
     """
 
     groups: tuple[tuple[str, ...], ...]
+    rungs: tuple[Rung, ...]
 
     def __post_init__(self) -> None:
         members = [member for group in self.groups for member in group]
@@ -25,13 +29,15 @@ class MuxPlan:
             raise ValueError(f"plan: a request stands in more than one composite: {self.groups}")
         if any(not group for group in self.groups):
             raise ValueError("plan: an empty composite")
+        if [rung.mux for rung in self.rungs] != [len(group) for group in self.groups]:
+            raise ValueError(f"plan: rungs {self.rungs} for composites {self.groups}")
 
-    def counts(self) -> dict[int, int]:
-        """Requests by the width at which they run, ascending."""
-        counts: dict[int, int] = {}
-        for group in self.groups:
-            counts[len(group)] = counts.get(len(group), 0) + len(group)
-        return dict(sorted(counts.items()))
+    def counts(self) -> dict[Rung, int]:
+        """Requests by the rung at which they run."""
+        counts: dict[Rung, int] = {}
+        for rung in self.rungs:
+            counts[rung] = counts.get(rung, 0) + rung.mux
+        return counts
 
 
 def pack(
@@ -76,12 +82,39 @@ def pack(
     return groups
 
 
+def pack_rungs(
+    lengths: Sequence[int],
+    rungs: Iterable[Rung],
+    domains: Sequence[Hashable] | None = None,
+) -> list[tuple[Rung, tuple[int, ...]]]:
+    """``pack`` for the cheapest of ``rungs``, narrower ones of its kind for what is left.
+
+    The kind is how many tokens merge. What is left without a partner runs at the cheapest rung that
+    needs none, which is the backbone alone if nothing merges.
+
+    Args:
+        lengths, domains: as for ``pack``.
+        rungs: that may be used; the backbone alone always may.
+    """
+    ladder = [Rung(), *rungs]
+    merge = max(ladder, key=lambda rung: (rung.saving, rung.merge)).merge
+    sizes = [rung.mux for rung in ladder if rung.merge == merge]
+    single = max((rung for rung in ladder if rung.mux == 1), key=lambda rung: rung.merge)
+    if merge > 1 and Rung(merge) in ladder:
+        single = Rung(merge)
+    return [
+        (single if len(group) == 1 else Rung(merge, len(group)), group)
+        for group in pack(lengths, sizes, domains)
+    ]
+
+
 def plan_requests(
     request_ids: Sequence[str],
     lengths: Sequence[int],
-    widths: Iterable[int],
+    rungs: Iterable[Rung],
     domains: Sequence[Hashable] | None = None,
 ) -> MuxPlan:
-    """``pack`` under the requests' own names."""
-    groups = pack(lengths, widths, domains)
-    return MuxPlan(tuple(tuple(request_ids[i] for i in group) for group in groups))
+    """``pack_rungs`` under the requests' own names."""
+    packed = pack_rungs(lengths, rungs, domains)
+    groups = tuple(tuple(request_ids[i] for i in group) for _, group in packed)
+    return MuxPlan(groups, tuple(rung for rung, _ in packed))

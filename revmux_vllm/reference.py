@@ -4,12 +4,15 @@ Training, evaluation and the engine's parity tests all go through these function
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from revmux_vllm.adapters import Adapter, AdapterLadder
+from revmux_vllm.adapters import AdapterLadder, RungAdapter
 from revmux_vllm.backbones.base import Backbone, inside
+from revmux_vllm.merging import TokenMerge, merged_tokens
+from revmux_vllm.rungs import Rung
 
 
 def skip_state(hidden: Tensor, lengths: Tensor, position: Tensor) -> Tensor:
@@ -33,42 +36,79 @@ def rows_at(hidden: Tensor, position: Tensor) -> Tensor:
     return hidden[torch.arange(len(hidden), device=hidden.device), position]
 
 
-def streams_of(adapter: Adapter, hidden: Tensor, lengths: Tensor) -> Tensor:
-    """Down-projected streams (G, T, N, S) of G composites; arguments as for ``multiplex``."""
-    num_groups, width, num_tokens, hidden_size = hidden.shape
-    present = inside(lengths.flatten(), num_tokens).view(num_groups, width, num_tokens)
-    rows = hidden.transpose(1, 2).reshape(-1, width, hidden_size)  # (G*T, N, D)
-    streams = adapter.down_project(rows, present.transpose(1, 2).reshape(-1, width))
-    return streams.unflatten(0, (num_groups, num_tokens))
+@dataclass(frozen=True)
+class Composites:
+    """What the upper layers run on.
+
+    Attributes:
+        rows: (G, T', D).
+        lengths: (G, N) rows that each member takes part in; the carrier's are the first.
+        positions: (G, T') of every row in its sequence, where rows are merged tokens; else None.
+        streams: (G, T', N, S) down-projected members before they are mixed; None where N is 1.
+    """
+
+    rows: Tensor
+    lengths: Tensor
+    positions: Tensor | None
+    streams: Tensor | None
 
 
-def compose(adapter: Adapter, streams: Tensor) -> Tensor:
-    """Streams (G, T, N, S), as ``streams_of`` makes them, to composites (G, T, D)."""
-    return adapter.mix(streams.flatten(0, 1)).unflatten(0, streams.shape[:2])
-
-
-def multiplex(adapter: Adapter, hidden: Tensor, lengths: Tensor) -> Tensor:
-    """G composites of the adapter's width.
+def multiplex(
+    backbone: Backbone, adapter: RungAdapter, hidden: Tensor, lengths: Tensor
+) -> Composites:
+    """G composites of a rung.
 
     Args:
+        backbone: says which token of a sequence is pooled.
+        adapter: of the rung.
         hidden: (G, N, T, D) after the prefill layers, right-padded.
-        lengths: (G, N) int64.
-
-    Returns:
-        (G, T, D), what the upper layers run on.
+        lengths: (G, N) int64, the longest first.
     """
-    return compose(adapter, streams_of(adapter, hidden, lengths))
+    rows, positions, streams = hidden, None, None
+    if adapter.merger is not None:
+        merged, flat, positions = merge(backbone, adapter.merger, hidden.flatten(0, 1), lengths)
+        rows = merged.unflatten(0, lengths.shape)
+        positions = positions.unflatten(0, lengths.shape)[:, 0]
+        lengths = flat.view_as(lengths)
+    if adapter.mux is None:
+        return Composites(rows[:, 0], lengths, positions, None)
+    num_groups, width, num_rows, hidden_size = rows.shape
+    present = inside(lengths.flatten(), num_rows).view(num_groups, width, num_rows)
+    streams = adapter.mux.down_project(
+        rows.transpose(1, 2).reshape(-1, width, hidden_size),  # (G*T', N, D)
+        present.transpose(1, 2).reshape(-1, width),
+    )
+    rows = adapter.mux.mix(streams).unflatten(0, (num_groups, num_rows))
+    return Composites(rows, lengths, positions, streams.unflatten(0, (num_groups, num_rows)))
+
+
+def merge(
+    backbone: Backbone, merger: TokenMerge, hidden: Tensor, lengths: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Neighbouring rows of (B, T, D) merged: rows (B, R, D), rows (B,) of each, positions (B, R).
+
+    A merged row stands at the position of its last token.
+    """
+    tokens, num_rows = merged_tokens(lengths.flatten(), merger.factor, backbone.pools_first)
+    present = tokens >= 0  # (B, R, M)
+    sequence = torch.arange(len(hidden), device=hidden.device)[:, None]
+    rows = hidden[sequence, tokens.clamp(min=0).flatten(1)].unflatten(1, tokens.shape[1:])
+    # Behind a sequence there is nothing to merge; its first slot stands in.
+    present[..., 0] = True
+    merged = merger(rows.flatten(0, 1), present.flatten(0, 1)).unflatten(0, tokens.shape[:2])
+    return merged, num_rows, tokens.amax(-1).clamp(min=0)
 
 
 def demultiplex(
     backbone: Backbone,
-    adapter: Adapter,
+    adapter: RungAdapter,
     out: Tensor,
+    composites: Composites,
     hidden: Tensor,
     lengths: Tensor,
     with_skip: bool = True,
 ) -> Tensor:
-    """The members' vectors (G, N, D) from the upper layers' output (G, T, D).
+    """The members' vectors (G, N, D) from the upper layers' output (G, T', D).
 
     ``hidden`` and ``lengths`` are those that ``multiplex`` was given. ``with_skip`` False: from the
     composite alone, which training asks for.
@@ -78,9 +118,17 @@ def demultiplex(
     skip = None
     if with_skip:
         skip = skip_state(hidden.flatten(0, 1), flat, backbone.pooled_position(flat))
-    read_at = rows_at(out.repeat_interleave(width, 0), backbone.output_position(flat))  # (G*N, D)
+    position = backbone.output_position(composites.lengths.flatten())
+    read_at = rows_at(out.repeat_interleave(width, 0), position)  # (G*N, D)
     stream = torch.arange(width, device=out.device).repeat(num_groups)
-    return adapter.demultiplex(read_at, stream, skip).unflatten(0, (num_groups, width))
+    return adapter.read(read_at, stream, skip).unflatten(0, (num_groups, width))
+
+
+def run_rung(backbone: Backbone, adapter: RungAdapter, hidden: Tensor, lengths: Tensor) -> Tensor:
+    """The members' vectors (G, N, D) of G composites; arguments as for ``multiplex``."""
+    composites = multiplex(backbone, adapter, hidden, lengths)
+    out = backbone.upper(composites.rows, composites.lengths[:, 0], composites.positions)
+    return demultiplex(backbone, adapter, out, composites, hidden, lengths)
 
 
 @torch.no_grad()
@@ -89,25 +137,25 @@ def classify(
     ladder: AdapterLadder,
     prompts: Sequence[Sequence[int]],
     groups: Sequence[Sequence[int]],
+    rungs: Sequence[Rung] | None = None,
 ) -> Tensor:
     """Logits (B, C) of token-id ``prompts`` under ``groups`` of their indices, carrier first.
 
-    A group of one runs through the backbone alone.
+    ``rungs``: at which each group runs; ``Rung()`` is the backbone alone. Default: composites of
+    the groups' sizes, nothing merged.
     """
     lengths = torch.tensor([len(prompt) for prompt in prompts])
     logits: dict[int, Tensor] = {}
-    for group in groups:
+    for group, rung in zip(groups, rungs or [Rung(1, len(g)) for g in groups], strict=True):
         own = lengths[list(group)]
         ids = torch.zeros(len(group), int(own.max()), dtype=torch.long)
         for row, index in enumerate(group):
             ids[row, : len(prompts[index])] = torch.as_tensor(prompts[index])
         hidden = backbone.lower(ids, own)
-        if len(group) == 1:
+        if rung == Rung():
             vectors = rows_at(backbone.upper(hidden, own), backbone.output_position(own))
         else:
-            adapter = ladder[len(group)]
-            out = backbone.upper(multiplex(adapter, hidden[None], own[None]), own[:1])
-            vectors = demultiplex(backbone, adapter, out, hidden[None], own[None])[0]
+            vectors = run_rung(backbone, ladder[rung], hidden[None], own[None])[0]
         for index, row in zip(group, backbone.head(vectors), strict=True):
             logits[index] = row
     return torch.stack([logits[index] for index in range(len(prompts))])

@@ -22,6 +22,7 @@ from revmux_vllm import checkpoint
 from revmux_vllm.adapters import AdapterLadder
 from revmux_vllm.cli import app
 from revmux_vllm.config import RevMuxConfig
+from revmux_vllm.rungs import Rung, parse_rungs
 
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
@@ -108,13 +109,16 @@ def make_tiny_checkpoint(
     bundle_backbone: bool = True,
     hidden_size: int = 64,
     num_layers: int = 4,
+    rungs: str = "mux:2,mux:4,mux:8",
     **revmux: Any,
 ) -> Path:
-    """A random 4-layer backbone with random adapters for widths 2, 4 and 8, all in float32."""
+    """A random 4-layer backbone with random adapters for some rungs, all in float32."""
     backbone = root / "backbone"
     save_backbone("llama", backbone, hidden_size=hidden_size, num_layers=num_layers)
-    options: dict[str, Any] = {"widths": (2, 4, 8), "prefill_layers": 1, "adapter_hidden_size": 48}
-    ladder = AdapterLadder(RevMuxConfig(**options | revmux), hidden_size)
+    options: dict[str, Any] = {"prefill_layers": 1, "adapter_hidden_size": 48}
+    ladder = AdapterLadder(
+        RevMuxConfig(parse_rungs(rungs.split(",")), **options | revmux), hidden_size
+    )
     with torch.no_grad():  # far from the near-identity start, so that company shows
         for parameter in ladder.parameters():
             if parameter.dim() > 1:
@@ -171,17 +175,18 @@ def train(tmp_path: Path) -> Train:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of two widths, measured, in bfloat16."""
+    """A checkpoint of three rungs, measured, in bfloat16."""
     root = tmp_path_factory.mktemp("train")
     save_backbone("llama", root / "backbone", num_labels=2)
     result: Any = revmux(
         f"train --backbone {root / 'backbone'} --train {write_rows(root / 'train.tsv', 256, 0)} "
-        f"--eval {write_rows(root / 'dev.tsv', 64, 1)} --output {root / 'out'} --widths 2,4 "
+        f"--eval {write_rows(root / 'dev.tsv', 64, 1)} --output {root / 'out'} "
+        "--rungs mux:2,mux:4,merge:2 "
         "--prefill-layers 1 --epochs 2 --batch-size 32 --adapter-hidden-size 24 --bundle-backbone "
         "--store-dtype bfloat16"
     )
     assert result.exit_code == 0, result.output
-    assert "width 4" in result.output
+    assert "mux:4" in result.output
     assert "vllm serve" in result.output
     return root / "out"
 
@@ -215,8 +220,8 @@ class RecordingEngine:
 
     def classify(
         self, prompts: list[list[int]], **options: Any
-    ) -> tuple[torch.Tensor, list[tuple[int, ...]]]:
-        """Probabilities (B, C), and the groups that they were computed in."""
+    ) -> tuple[torch.Tensor, list[tuple[int, ...]], list[Rung]]:
+        """Probabilities (B, C), the groups that they were computed in, and these groups' rungs."""
         from vllm import TokensPrompt
 
         self.plans.clear()
@@ -226,14 +231,15 @@ class RecordingEngine:
             **options,
         )
         index = {output.request_id: i for i, output in enumerate(outputs)}
+        plans = [plan for plan in self.plans if plan is not None]
         groups = [
             # The engine appends a suffix of its own to the ids it was given.
             tuple(index[member.rsplit("-", 1)[0]] for member in group)
-            for plan in self.plans
-            if plan is not None
+            for plan in plans
             for group in plan.groups
         ]
-        return torch.tensor([output.outputs.probs for output in outputs]), groups
+        rungs = [rung for plan in plans for rung in plan.rungs]
+        return torch.tensor([output.outputs.probs for output in outputs]), groups, rungs
 
     def close(self) -> None:
         self.llm.llm_engine.engine_core.shutdown()

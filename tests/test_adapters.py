@@ -5,6 +5,7 @@ import torch
 
 from revmux_vllm.adapters import ADAPTERS, AdapterLadder, RevMuxAdapter
 from revmux_vllm.config import RevMuxConfig
+from revmux_vllm.rungs import Rung, parse_rungs
 
 
 @pytest.mark.parametrize("width", [2, 3, 4, 8])
@@ -55,9 +56,9 @@ def test_a_width_that_does_not_divide_is_refused() -> None:
         RevMuxAdapter(3, 8, 8)
 
 
-def test_the_ladder_names_its_widths() -> None:
-    ladder = AdapterLadder(RevMuxConfig(widths=(2, 4), prefill_layers=1), 8)
-    assert [width for width, _ in ladder.items()] == [2, 4]
-    assert {key.split(".")[0] for key in ladder.state_dict()} == {"2", "4"}
-    with pytest.raises(KeyError, match="no adapter of width 8; there are"):
-        ladder[8]
+def test_the_ladder_names_its_rungs() -> None:
+    ladder = AdapterLadder(RevMuxConfig(parse_rungs(["mux:2", "merge:2"]), prefill_layers=1), 8)
+    assert [str(rung) for rung, _ in ladder.items()] == ["mux:2", "merge:2"]
+    assert {key.split(".")[0] for key in ladder.state_dict()} == {"mux:2", "merge:2"}
+    with pytest.raises(KeyError, match="no adapter for rung mux:8; there are mux:2, merge:2"):
+        ladder[Rung(mux=8)]

@@ -48,7 +48,7 @@ def test_it_round_trips_bit_for_bit(folder: Path, tmp_path: Path, dtype: torch.d
 def test_the_adapter_file_holds_adapter_keys_alone(folder: Path) -> None:
     keys = load_file(folder / checkpoint.ADAPTER_FILE).keys()
     assert {key.split(".")[0] for key in keys} == {"revmux"}
-    assert {key.split(".")[1] for key in keys} == {"2", "4", "8"}
+    assert {key.split(".")[1] for key in keys} == {"mux:2", "mux:4", "mux:8"}
 
 
 def test_the_backbone_can_be_named(tmp_path: Path) -> None:
@@ -62,23 +62,23 @@ def test_the_backbone_can_be_named(tmp_path: Path) -> None:
     ("change", "message"),
     [
         (
-            lambda t: t.pop("revmux.2.scale"),
-            "revmux.2.scale: missing",
+            lambda t: t.pop("revmux.mux:2.mux.scale"),
+            "revmux.mux:2.mux.scale: missing",
         ),
         (
             lambda t: t.update({"revmux.2.extra": torch.zeros(1)}),
             "revmux.2.extra: unknown key",
         ),
         (
-            lambda t: t.update({"revmux.4.scale": torch.zeros(63)}),
-            r"revmux.4.scale: expected shape \[64\], found \[63\]",
+            lambda t: t.update({"revmux.mux:4.mux.scale": torch.zeros(63)}),
+            r"revmux.mux:4.mux.scale: expected shape \[64\], found \[63\]",
         ),
         (
-            lambda t: t.update({"revmux.4.scale": torch.zeros(64, dtype=torch.int32)}),
-            r"revmux.4.scale: expected one of .*'F32'.*, found I32",
+            lambda t: t.update({"revmux.mux:4.mux.scale": torch.zeros(64, dtype=torch.int32)}),
+            r"revmux.mux:4.mux.scale: expected one of .*'F32'.*, found I32",
         ),
         (
-            lambda t: t.update({"revmux.4.scale": torch.zeros(64, dtype=torch.float16)}),
+            lambda t: t.update({"revmux.mux:4.mux.scale": torch.zeros(64, dtype=torch.float16)}),
             "expected one dtype for all weights, found",
         ),
     ],
@@ -93,7 +93,10 @@ def test_broken_weights_are_refused(folder: Path, change: Any, message: str) -> 
     ("change", "message"),
     [
         (lambda c: c.pop("revmux"), "revmux: missing"),
-        (lambda c: c["revmux"].update(widths=[2, 5]), "5 does not divide .* hidden_size 64"),
+        (
+            lambda c: c["revmux"].update(rungs=["mux:2", "mux:5"]),
+            "5 does not divide .* hidden_size 64",
+        ),
         (lambda c: c["revmux"].update(prefill_layers=4), "fewer than the backbone's 4 layers"),
         (lambda c: c["revmux"].update(surprise=1), "revmux.surprise: unknown key"),
     ],
@@ -134,7 +137,7 @@ def test_the_bundled_checkpoint_is_whole_and_small() -> None:
     folder = bundled.resolve("revmux-llama")
     config = checkpoint.validate(folder)
     assert config.widths == (2, 4, 8)
-    assert checkpoint.read_report(folder)["widths"].keys() == {"2", "4", "8"}
+    assert checkpoint.read_report(folder)["rungs"].keys() == {"mux:2", "mux:4", "mux:8"}
     assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 25e6
     with pytest.raises(ValueError, match="no such folder; bundled are revmux-llama"):
         bundled.resolve("nothing-here")

@@ -10,8 +10,8 @@ import pytest
 from revmux_vllm.config import RevMuxConfig, layer_limit
 
 GOOD: dict[str, Any] = {
-    "format_version": 1,
-    "widths": [2, 4],
+    "format_version": 2,
+    "rungs": ["mux:2", "mux:4", "merge:2+mux:4"],
     "prefill_layers": 3,
     "adapter_type": "revmux",
     "backbone": None,
@@ -27,17 +27,20 @@ def test_it_round_trips() -> None:
     ("change", "message"),
     [
         ({"width": 2}, "revmux.width: unknown key; known are"),
-        ({"widths": [1, 2]}, r"revmux.widths: expected integers of at least 2, found \[1, 2\]"),
-        ({"widths": []}, "revmux.widths: expected"),
-        ({"widths": 2}, "revmux.widths: expected a list, found 2"),
-        ({"widths": [4, 2]}, "revmux.widths: expected ascending"),
+        ({"rungs": ["mux:1"]}, "revmux.rungs: rung 'mux:1': expected mux:N, merge:N or"),
+        ({"rungs": ["mux:2+merge:2"]}, "revmux.rungs: rung 'mux:2[+]merge:2': expected"),
+        ({"rungs": [2]}, "revmux.rungs: rung 2: expected"),
+        ({"rungs": ["mux:2", "mux:2"]}, "revmux.rungs: rung mux:2: there twice"),
+        ({"rungs": []}, "revmux.rungs: expected at least one"),
+        ({"rungs": 2}, "revmux.rungs: expected a list, found 2"),
+        ({"rungs": "mux:2"}, "revmux.rungs: expected a list, found 'mux:2'"),
         ({"prefill_layers": 0}, "revmux.prefill_layers: expected at least 1, found 0"),
         ({"prefill_layers": "3"}, "revmux.prefill_layers: expected at least 1, found '3'"),
         ({"adapter_type": "magic"}, "expected one of revmux, ora, vanilla, found 'magic'"),
         ({"skip": 1}, "revmux.skip: expected true or false, found 1"),
         ({"label_words": ["yes"]}, "revmux.label_words: expected at least two different words"),
         ({"label_words": "yes"}, "revmux.label_words: expected at least two different words"),
-        ({"format_version": 7}, "revmux.format_version: expected 1, found 7"),
+        ({"format_version": 7}, "revmux.format_version: expected 2, found 7"),
         ({"backbone": 5}, "revmux.backbone: expected a path or hub id, found 5"),
     ],
 )
@@ -46,7 +49,7 @@ def test_mistakes_are_named(change: dict[str, Any], message: str) -> None:
         RevMuxConfig.from_dict(GOOD | change)
 
 
-@pytest.mark.parametrize("key", ["widths", "prefill_layers", "adapter_type", "format_version"])
+@pytest.mark.parametrize("key", ["rungs", "prefill_layers", "adapter_type", "format_version"])
 def test_missing_keys_are_named(key: str) -> None:
     values = {k: v for k, v in GOOD.items() if k != key}
     with pytest.raises(ValueError, match=f"revmux.{key}: missing"):
@@ -54,8 +57,8 @@ def test_missing_keys_are_named(key: str) -> None:
 
 
 def test_all_mistakes_are_raised_at_once() -> None:
-    with pytest.raises(ValueError, match=r"(?s)widths.*prefill_layers"):
-        RevMuxConfig.from_dict(GOOD | {"widths": [1], "prefill_layers": -1})
+    with pytest.raises(ValueError, match=r"(?s)rungs.*prefill_layers"):
+        RevMuxConfig.from_dict(GOOD | {"rungs": [], "prefill_layers": -1})
     with pytest.raises(ValueError, match=r"(?s)4 does not divide.*hidden_size 6.*fewer than"):
         RevMuxConfig.from_dict(GOOD).check_backbone(hidden_size=6, num_layers=3)
 

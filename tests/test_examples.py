@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from bursts import Answer, mixed_layer_limit, parse_width_counts
+from bursts import Answer, mixed_layer_limit, parse_rung_counts
 from demo import Result
 
 from revmux_vllm import layer_limit
@@ -19,11 +19,11 @@ POSITIVE, NEGATIVE = "A warm, funny and beautifully acted film", "The plot makes
 METRICS = """\
 # HELP revmux:requests_total Requests by the width of the composite they ran in.
 # TYPE revmux:requests_total counter
-revmux:requests_total{engine="0",model_name="revmux-llama",width="4"} 300.0
-revmux:requests_total{engine="1",model_name="revmux-llama",width="4"} 12.0
-revmux:requests_total{engine="0",model_name="revmux-llama",width="1"} 8.0
+revmux:requests_total{engine="0",model_name="revmux-llama",rung="mux:4"} 300.0
+revmux:requests_total{engine="1",model_name="revmux-llama",rung="mux:4"} 12.0
+revmux:requests_total{engine="0",model_name="revmux-llama",rung="alone"} 8.0
 # TYPE revmux:requests_created gauge
-revmux:requests_created{engine="0",model_name="revmux-llama",width="4"} 1.7e+09
+revmux:requests_created{engine="0",model_name="revmux-llama",rung="mux:4"} 1.7e+09
 # TYPE vllm:request_success_total counter
 vllm:request_success_total{engine="0",model_name="revmux-llama"} 320.0
 """
@@ -78,22 +78,22 @@ def test_sentences_are_many_and_unique() -> None:
     assert all(line == line.strip() != "" for line in lines)
 
 
-def test_width_counts_are_summed_over_engines() -> None:
-    assert parse_width_counts(METRICS) == Counter({4: 312, 1: 8})
+def test_rung_counts_are_summed_over_engines() -> None:
+    assert parse_rung_counts(METRICS) == Counter({"mux:4": 312, "alone": 8})
 
 
-def test_width_counts_of_a_server_without_the_plugin_are_empty() -> None:
-    assert parse_width_counts("# TYPE x counter\nx_total 1.0\n") == Counter()
+def test_rung_counts_of_a_server_without_the_plugin_are_empty() -> None:
+    assert parse_rung_counts("# TYPE x counter\nx_total 1.0\n") == Counter()
 
 
 def test_mixed_limit_of_one_width_is_that_width_s_limit() -> None:
-    assert mixed_layer_limit({4: 7}, 3, 12) == pytest.approx(layer_limit(4, 3, 12))
-    assert mixed_layer_limit({1: 7}, 3, 12) == pytest.approx(1)
+    assert mixed_layer_limit({"mux:4": 7}, 3, 12) == pytest.approx(layer_limit(4, 3, 12))
+    assert mixed_layer_limit({"alone": 7}, 3, 12) == pytest.approx(1)
 
 
 def test_mixed_limit_adds_costs_and_not_speeds() -> None:
     # Half of the requests cost 1, half 3/12 + 9/12/2 = 0.625.
-    assert mixed_layer_limit({1: 5, 2: 5}, 3, 12) == pytest.approx(1 / 0.8125)
+    assert mixed_layer_limit({"alone": 5, "merge:2": 5}, 3, 12) == pytest.approx(1 / 0.8125)
 
 
 def test_mixed_limit_needs_requests() -> None:

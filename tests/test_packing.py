@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from revmux_vllm.packing import MuxPlan, pack, plan_requests
+from revmux_vllm.packing import MuxPlan, pack, pack_rungs, plan_requests
+from revmux_vllm.rungs import Rung
 
 widths_strategy = st.sets(st.integers(2, 9), max_size=4)
 
@@ -55,22 +56,49 @@ def test_widths_below_one_are_refused() -> None:
 
 
 def test_a_plan_knows_its_counts_and_refuses_duplicates() -> None:
-    plan = plan_requests(["a", "b", "c"], [1, 5, 4], [2])
+    plan = plan_requests(["a", "b", "c"], [1, 5, 4], [Rung(mux=2)])
     assert plan.groups == (("b", "c"), ("a",))
-    assert plan.counts() == {1: 1, 2: 2}
+    assert plan.counts() == {Rung(): 1, Rung(mux=2): 2}
     with pytest.raises(ValueError, match="more than one composite"):
-        MuxPlan((("a", "b"), ("a",)))
+        MuxPlan((("a", "b"), ("a",)), (Rung(mux=2), Rung()))
     with pytest.raises(ValueError, match="an empty composite"):
-        MuxPlan(((),))
+        MuxPlan(((),), (Rung(),))
+    with pytest.raises(ValueError, match="plan: rungs"):
+        MuxPlan((("a",),), (Rung(mux=2),))
+
+
+@given(
+    lengths=st.lists(st.integers(1, 600), max_size=64),
+    rungs=st.sets(st.builds(Rung, st.integers(1, 3), st.sampled_from([1, 2, 4]))),
+)
+def test_the_cheapest_kind_serves_and_what_is_left_needs_no_partner(
+    lengths: list[int], rungs: set[Rung]
+) -> None:
+    packed = pack_rungs(lengths, rungs)
+    assert sorted(i for _, group in packed for i in group) == list(range(len(lengths)))
+    assert {rung for rung, _ in packed} <= rungs | {Rung()}
+    assert all(rung.mux == len(group) for rung, group in packed)
+    best = max([Rung(), *rungs], key=lambda rung: (rung.saving, rung.merge))
+    if len(lengths) >= best.mux:
+        assert not lengths or best in {rung for rung, _ in packed}
+    else:
+        assert all(rung.saving <= best.saving for rung, _ in packed)
+
+
+def test_leftovers_of_merged_composites_still_merge() -> None:
+    rungs = [Rung(2, 2), Rung(2, 1), Rung(3, 1)]
+    assert [str(rung) for rung, _ in pack_rungs([5] * 3, rungs)] == ["merge:2+mux:2", "merge:2"]
+    assert [str(rung) for rung, _ in pack_rungs([5] * 3, rungs[:1])] == ["merge:2+mux:2", "alone"]
 
 
 def test_planning_1024_requests_takes_under_two_milliseconds() -> None:
     """Best of many runs, so that a busy machine does not fail it; the benchmark has the median."""
     ids = [str(i) for i in range(1024)]
     lengths = [(i * 7919) % 500 + 1 for i in range(1024)]
+    rungs = [Rung(mux=2), Rung(mux=4), Rung(2, 4)]
     times = []
     for _ in range(30):
         start = time.perf_counter()
-        plan_requests(ids, lengths, [2, 4, 8], [None] * 1024)
+        plan_requests(ids, lengths, rungs, [None] * 1024)
         times.append(time.perf_counter() - start)
     assert min(times) < 2e-3

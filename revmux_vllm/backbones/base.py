@@ -2,7 +2,7 @@
 
 import copy
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +22,10 @@ class Backbone(nn.Module, ABC):
     Attributes:
         config: the model's own config.
         layers: the layers between which it can be cut, first to last.
+        pools_first: the pooled row is a sequence's first one; else it is the last.
     """
 
+    pools_first: ClassVar[bool] = False
     layers: list[nn.Module]
 
     def __init__(self, model: Any, prefill_layers: int, head: nn.Module | None) -> None:
@@ -55,13 +57,17 @@ class Backbone(nn.Module, ABC):
         """Token ids (B, T) of sequences of ``lengths`` (B,) to prefill states (B, T, D)."""
 
     @abstractmethod
-    def upper(self, rows: Tensor, lengths: Tensor) -> Tensor:
+    def upper(self, rows: Tensor, lengths: Tensor, positions: Tensor | None = None) -> Tensor:
         """Rows (G, T, D), of sequences or composites of ``lengths`` (G,), to final states
-        (G, T', D). T' is T, or 1 where a decoder speaks."""
+        (G, T', D). T' is T, or 1 where a decoder speaks.
 
-    @abstractmethod
+        ``positions`` (G, T): of rows that are merged tokens; only a backbone whose every layer
+        knows absolute positions reads them. Default: 0 to T - 1.
+        """
+
     def pooled_position(self, lengths: Tensor) -> Tensor:
         """Which row of the prefill states speaks for a sequence: (B,) to (B,)."""
+        return lengths * 0 if self.pools_first else lengths - 1
 
     def output_position(self, lengths: Tensor) -> Tensor:
         """Which row of ``upper``'s result its answer is read at: (B,) to (B,)."""

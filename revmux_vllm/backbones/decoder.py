@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from revmux_vllm.backbones.base import Backbone, shared_copy
+from revmux_vllm.backbones.base import Backbone, inside, shared_copy
 
 
 class DecoderBackbone(Backbone):
@@ -27,11 +27,12 @@ class DecoderBackbone(Backbone):
     ) -> Tensor:
         return self.lower_trunk(input_ids=input_ids, use_cache=False).last_hidden_state
 
-    def upper(self, rows: Tensor, lengths: Tensor) -> Tensor:
-        return self.upper_trunk(inputs_embeds=rows, use_cache=False).last_hidden_state
-
-    def pooled_position(self, lengths: Tensor) -> Tensor:
-        return lengths - 1
+    def upper(self, rows: Tensor, lengths: Tensor, positions: Tensor | None = None) -> Tensor:
+        # Without a mask transformers takes positions that skip for several packed sequences.
+        mask = None if positions is None else inside(lengths, rows.shape[1]).long()
+        return self.upper_trunk(
+            inputs_embeds=rows, position_ids=positions, attention_mask=mask, use_cache=False
+        ).last_hidden_state
 
 
 def _cut(trunk: Any, start: int, stop: int) -> Any:

@@ -11,6 +11,8 @@ from revmux_vllm.backbones.base import Backbone, inside, shared_copy
 class EncoderBackbone(Backbone):
     """Read at ``[CLS]``, through the backbone's own pooler where it has one."""
 
+    pools_first = True
+
     def __init__(self, model: Any, prefill_layers: int, head: nn.Module | None = None) -> None:
         trunk = model.base_model
         super().__init__(model, prefill_layers, head or FirstTokenHead(trunk.pooler, model))
@@ -27,11 +29,8 @@ class EncoderBackbone(Backbone):
         rows = self.embeddings(input_ids=input_ids, token_type_ids=token_type_ids)
         return self._encode(self.lower_encoder, rows, lengths)
 
-    def upper(self, rows: Tensor, lengths: Tensor) -> Tensor:
+    def upper(self, rows: Tensor, lengths: Tensor, positions: Tensor | None = None) -> Tensor:
         return self._encode(self.upper_encoder, rows, lengths)
-
-    def pooled_position(self, lengths: Tensor) -> Tensor:
-        return lengths * 0
 
     def _encode(self, encoder: Any, rows: Tensor, lengths: Tensor) -> Tensor:
         mask = create_bidirectional_mask(

@@ -36,7 +36,7 @@ class T5Backbone(Backbone):
         mask = inside(lengths, input_ids.shape[1])
         return self.lower_encoder(input_ids=input_ids, attention_mask=mask).last_hidden_state
 
-    def upper(self, rows: Tensor, lengths: Tensor) -> Tensor:
+    def upper(self, rows: Tensor, lengths: Tensor, positions: Tensor | None = None) -> Tensor:
         mask = inside(lengths, rows.shape[1])
         encoded = self.upper_encoder(inputs_embeds=rows, attention_mask=mask).last_hidden_state
         start = torch.full((len(rows), 1), self.start_token, device=rows.device)
@@ -46,9 +46,6 @@ class T5Backbone(Backbone):
             encoder_attention_mask=mask,
             use_cache=False,
         ).last_hidden_state  # (G, 1, D)
-
-    def pooled_position(self, lengths: Tensor) -> Tensor:
-        return lengths - 1
 
     def output_position(self, lengths: Tensor) -> Tensor:
         return lengths * 0

@@ -47,7 +47,7 @@ def composite_metadata(
         max_seq_len=longest,
         block_table_tensor=common.block_table_tensor[layout.carriers],
         slot_mapping=common.slot_mapping[layout.carrier_rows],
-        positions=layout.positions,
+        positions=layout.places,
         is_prefilling=torch.ones(len(lengths), dtype=torch.bool),
         _num_computed_tokens_cache=None,
         _token_to_req_indices_cache=None,

@@ -1,9 +1,10 @@
 """Where every row of a step comes from and goes to: index arithmetic, no vLLM.
 
 The lower layers run on the batch's tokens as vLLM laid them out. The upper layers run on the
-*upper rows*: composites sorted by width, each as long as its carrier. ``MuxLayout`` says which
-token rows feed which upper row, which upper row each sequence is read at, and how the attention
-metadata of the upper layers follows from the batch's.
+*upper rows*: composites sorted by rung, each as long as its carrier, which is shorter than the
+carrier's tokens where tokens merge. ``MuxLayout`` says which token rows feed which upper row, which
+upper row each sequence is read at, and how the attention metadata of the upper layers follows from
+the batch's.
 """
 
 from collections.abc import Sequence
@@ -13,22 +14,31 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from revmux_vllm.merging import merged_tokens
+from revmux_vllm.rungs import Rung
+
 
 @dataclass(frozen=True)
-class WidthLayout:
-    """Indices of the composites of one width N.
+class RungLayout:
+    """Indices of the composites of one rung, of N members each.
 
     Attributes:
-        width: N.
-        rows: (R, N) token row of every member in every upper row; the batch's number of tokens
-            where the member has ended, so that one zero row behind the batch can be gathered.
+        rung: which.
+        tokens: (P, M) token rows of every merged row, the members one after the other; the batch's
+            number of tokens where there is none, so that one zero row behind the batch can be
+            gathered. None where nothing merges: then the token rows themselves are meant by P.
+        merged: (P, M) bool, False where there is none.
+        rows: (R, N) which of the P rows of every member feeds every upper row; P where the member
+            has ended.
         present: (R, N) bool, False where the member has ended.
-        read_at: (M,) upper row at which each member is read, counted over all widths.
+        read_at: (M,) upper row at which each member is read, counted over all rungs.
         stream: (M,) stream of each member.
         sequence: (M,) row of the batch of each member.
     """
 
-    width: int
+    rung: Rung
+    tokens: Tensor | None
+    merged: Tensor | None
     rows: Tensor
     present: Tensor
     read_at: Tensor
@@ -41,26 +51,29 @@ class MuxLayout:
     """Indices of one step.
 
     Attributes:
-        widths: one entry for each width above 1 that occurs, ascending.
+        rungs: one entry for each that occurs, but for sequences alone.
         alone: (A,) token rows of the sequences that run alone; they are the first upper rows.
-        positions: (U,) position of every upper row in its composite.
+        positions: (U,) position of every upper row in its sequence; of a merged row that of its
+            last token.
+        places: (U,) of every upper row in its composite.
         carriers: (G,) batch row of each composite's carrier, in upper order.
-        carrier_rows: (U,) the carrier's token row for every upper row.
+        carrier_rows: (U,) the carrier's token row whose place in the cache every upper row takes.
         starts: (G + 1,) first upper row of every composite, and U; on the CPU.
         sequence_of_token: (num_tokens,) batch row of every token.
         sequence_lengths: (B,) tokens of every sequence.
-        last_token: (B,) token row of every sequence's last token.
+        pooled_token: (B,) token row that speaks for every sequence.
     """
 
-    widths: tuple[WidthLayout, ...]
+    rungs: tuple[RungLayout, ...]
     alone: Tensor
     positions: Tensor
+    places: Tensor
     carriers: Tensor
     carrier_rows: Tensor
     starts: Tensor
     sequence_of_token: Tensor
     sequence_lengths: Tensor
-    last_token: Tensor
+    pooled_token: Tensor
 
     @property
     def num_rows(self) -> int:
@@ -69,67 +82,96 @@ class MuxLayout:
 
 
 def make_layout(
-    groups: Sequence[Sequence[int]], starts: np.ndarray, device: torch.device | str = "cpu"
+    groups: Sequence[tuple[Rung, Sequence[int]]],
+    starts: np.ndarray,
+    device: torch.device | str = "cpu",
+    keep_first: bool = False,
 ) -> MuxLayout:
     """Lay out the composites ``groups``.
 
     Args:
-        groups: batch rows of each composite, carrier (the longest) first; every row of the batch
-            in exactly one.
+        groups: rung and batch rows of each composite, carrier (the longest) first; every row of the
+            batch in exactly one.
         starts: (B + 1,) first token row of every sequence, and the number of tokens.
         device: where the index tensors go.
+        keep_first: the pooled token is a sequence's first one; else it is the last.
 
     Raises:
         ValueError: if a row of the batch stands in no group or in two, or a carrier is shorter
             than a member.
     """
+    starts = starts.astype(np.int64)
     lengths = np.diff(starts)
     num_tokens = int(starts[-1])
-    ordered = sorted(groups, key=len)
-    members = np.fromiter((row for group in ordered for row in group), np.int64)
+    ordered = sorted(groups, key=lambda group: group[0])
+    tables = [np.array(group, np.int64) for _, group in ordered]
+    members = np.concatenate(tables) if tables else np.empty(0, np.int64)
     if not np.array_equal(np.sort(members), np.arange(len(lengths))):
         raise ValueError(f"groups do not cover the batch's {len(lengths)} rows once: {groups}")
-    carriers = np.array([group[0] for group in ordered], np.int64)
-    rows_of = lengths[carriers]  # rows of each composite
+    carriers = np.array([table[0] for table in tables], np.int64)
+    merge = np.array([rung.merge for rung, _ in ordered], np.int64)
+    # One row for the pooled token, and one for every M others.
+    rows_of = 1 - (1 - lengths[carriers]) // merge
     upper_starts = np.concatenate([[0], np.cumsum(rows_of)])
-    positions = np.arange(upper_starts[-1]) - np.repeat(upper_starts[:-1], rows_of)
-    carrier_rows = np.repeat(starts[carriers], rows_of) + positions
+    place = np.arange(upper_starts[-1]) - np.repeat(upper_starts[:-1], rows_of)
+    positions = place.copy()
 
     def tensor(values: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(values)).to(device, non_blocking=True)
 
-    sizes = np.array([len(group) for group in ordered])
-    widths = []
-    for width in np.unique(sizes[sizes > 1]):
-        index = np.flatnonzero(sizes == width)
-        table = np.array([ordered[g] for g in index], np.int64)  # (G, N)
+    rungs, num_alone = [], 0
+    for rung in sorted({rung for rung, _ in ordered}):
+        index = [g for g, (at, _) in enumerate(ordered) if at == rung]
+        first, last = upper_starts[index[0]], upper_starts[index[-1] + 1]
+        if rung == Rung():
+            num_alone = last
+            continue
+        table = np.stack([tables[g] for g in index])  # (G, N)
         if (lengths[table] > lengths[table[:, :1]]).any():
             raise ValueError(f"a member is longer than its carrier: {table.tolist()}")
-        first, last = upper_starts[index[0]], upper_starts[index[-1] + 1]
-        at = np.repeat(table, rows_of[index], axis=0)  # (R, N)
-        position = positions[first:last, None]
-        present = position < lengths[at]
-        rows = np.where(present, starts[at] + position, num_tokens)
-        read_at = upper_starts[index][:, None] + lengths[table] - 1  # (G, N)
-        stream = np.tile(np.arange(width), len(index))
-        widths.append(
-            WidthLayout(
-                width=int(width),
-                rows=tensor(rows),
+        tokens = merged = None
+        row_starts, num_rows, absent = starts[table], lengths[table], num_tokens  # (G, N)
+        if rung.merge > 1:
+            flat = torch.from_numpy(lengths[table].ravel())
+            own, counts = merged_tokens(flat, rung.merge, keep_first)  # (G*N, R', M)
+            num_rows = counts.numpy().reshape(table.shape)
+            inside = (torch.arange(own.shape[1]) < counts[:, None]).numpy()
+            own_tokens = own.numpy()
+            merged = own_tokens[inside] >= 0  # (P, M)
+            tokens = np.where(
+                merged, (own_tokens + starts[table].reshape(-1, 1, 1))[inside], num_tokens
+            )
+            absent = len(tokens)
+            row_starts = (np.cumsum(counts.numpy()) - counts.numpy()).reshape(table.shape)
+            carrier = own_tokens.max(-1).reshape(*table.shape, -1)[:, 0]  # (G, R')
+            inside = inside.reshape(*table.shape, -1)[:, 0]
+            positions[first:last] = carrier[inside]
+        at = np.repeat(np.arange(len(table)), rows_of[index])  # (R,) composite
+        own_place = place[first:last, None]
+        present = own_place < num_rows[at]
+        read_at = upper_starts[index][:, None] + (num_rows * 0 if keep_first else num_rows - 1)
+        rungs.append(
+            RungLayout(
+                rung=rung,
+                tokens=None if tokens is None else tensor(tokens),
+                merged=None if merged is None else tensor(merged),
+                rows=tensor(np.where(present, row_starts[at] + own_place, absent)),
                 present=tensor(present),
                 read_at=tensor(read_at.ravel()),
-                stream=tensor(stream),
+                stream=tensor(np.tile(np.arange(rung.mux), len(index))),
                 sequence=tensor(table.ravel()),
             )
         )
+    carrier_rows = np.repeat(starts[carriers], rows_of) + place
     return MuxLayout(
-        widths=tuple(widths),
-        alone=tensor(carrier_rows[: upper_starts[np.count_nonzero(sizes == 1)]]),
+        rungs=tuple(rungs),
+        alone=tensor(carrier_rows[:num_alone]),
         positions=tensor(positions),
+        places=tensor(place),
         carriers=tensor(carriers),
         carrier_rows=tensor(carrier_rows),
         starts=torch.from_numpy(upper_starts),
         sequence_of_token=tensor(np.repeat(np.arange(len(lengths)), lengths)),
         sequence_lengths=tensor(lengths),
-        last_token=tensor(starts[1:] - 1),
+        pooled_token=tensor(starts[:-1] if keep_first else starts[1:] - 1),
     )

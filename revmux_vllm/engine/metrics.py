@@ -1,4 +1,4 @@
-"""Requests by width on vLLM's ``/metrics``.
+"""Requests by rung on vLLM's ``/metrics``.
 
 The scheduler lives in the engine process and the metrics in the API server's. What travels between
 them is vLLM's ``SchedulerStats``, a fixed set of fields. ``waiting_lora_adapters`` is the one free
@@ -13,21 +13,23 @@ from prometheus_client import Counter
 from vllm.v1.metrics.loggers import StatLoggerBase
 from vllm.v1.metrics.stats import IterationStats, SchedulerStats
 
+from revmux_vllm.rungs import Rung
+
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-_KEY = "revmux:width:"
+_KEY = "revmux:rung:"
 
 
-def put_width_counts(stats: SchedulerStats, counts: Mapping[int, int]) -> None:
-    """Put requests by width into ``stats``."""
-    stats.waiting_lora_adapters = {f"{_KEY}{width}": n for width, n in counts.items()}
+def put_rung_counts(stats: SchedulerStats, counts: Mapping[Rung, int]) -> None:
+    """Put requests by rung into ``stats``."""
+    stats.waiting_lora_adapters = {f"{_KEY}{rung}": n for rung, n in counts.items()}
 
 
-def take_width_counts(stats: SchedulerStats) -> dict[int, int]:
-    """Requests by width, as ``put_width_counts`` put them."""
+def take_rung_counts(stats: SchedulerStats) -> dict[str, int]:
+    """Requests by the name of their rung, as ``put_rung_counts`` put them."""
     return {
-        int(key.removeprefix(_KEY)): n
+        key.removeprefix(_KEY): n
         for key, n in stats.waiting_lora_adapters.items()
         if key.startswith(_KEY)
     }
@@ -46,8 +48,8 @@ class RevMuxStatLogger(StatLoggerBase):
         if hasattr(vllm_config.model_config.hf_config, "revmux") and not RevMuxStatLogger._requests:
             RevMuxStatLogger._requests = Counter(
                 "revmux:requests",
-                "Requests by the width of the composite they ran in; 1 is the backbone alone.",
-                ["model_name", "engine", "width"],
+                "Requests by the rung they ran at: mux:N, merge:N; alone is the backbone itself.",
+                ["model_name", "engine", "rung"],
             )
 
     def record(
@@ -60,8 +62,8 @@ class RevMuxStatLogger(StatLoggerBase):
         """Count what the last steps ran."""
         if self._requests is None or scheduler_stats is None:
             return
-        for width, n in take_width_counts(scheduler_stats).items():
-            self._requests.labels(width=str(width), **self.labels).inc(n)
+        for rung, n in take_rung_counts(scheduler_stats).items():
+            self._requests.labels(rung=rung, **self.labels).inc(n)
 
     def log_engine_initialized(self) -> None:
         """Nothing to say."""

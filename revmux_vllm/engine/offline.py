@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from revmux_vllm.engine.policy import Policy
+from revmux_vllm.rungs import Rung
 from revmux_vllm.training.data import LabelledText
 from revmux_vllm.training.features import tokenize
 
@@ -57,13 +59,12 @@ class OfflineEngine:
         )
         core: Any = self.llm.llm_engine.engine_core
         self.scheduler = core.engine_core.scheduler
-        self.widths = self.scheduler.widths
 
-    def classes(self, width: int, groups: Any, parts: Sequence[Any]) -> Tensor:
-        """Classes (B,) with composites of at most ``width``; each of ``parts`` waits together."""
+    def classes(self, rung: Rung, groups: Any, parts: Sequence[Any]) -> Tensor:
+        """Classes (B,) at ``rung``; each of ``parts`` waits together."""
         from vllm import TokensPrompt
 
-        self.scheduler.widths = tuple(w for w in self.widths if w <= width)
+        self.scheduler.policy = Policy(self.scheduler.revmux.kind(rung), by_crowd=False)
         answers = torch.empty(len(self.prompts), dtype=torch.long)
         for rows in parts:
             inputs = [TokensPrompt(prompt_token_ids=self.prompts[row]) for row in rows]

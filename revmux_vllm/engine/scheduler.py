@@ -9,9 +9,10 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.metrics.stats import SchedulerStats
 
 from revmux_vllm.config import RevMuxConfig
-from revmux_vllm.engine.metrics import put_width_counts
+from revmux_vllm.engine.metrics import put_rung_counts
 from revmux_vllm.engine.policy import read_policy
 from revmux_vllm.packing import MuxPlan, plan_requests
+from revmux_vllm.rungs import Rung
 
 
 @dataclass
@@ -22,13 +23,13 @@ class RevMuxSchedulerOutput(SchedulerOutput):
 
 
 class RevMuxScheduler(Scheduler):
-    """``Scheduler`` whose steps carry a ``MuxPlan``. vLLM chooses the requests, ``pack`` groups."""
+    """``Scheduler`` whose steps carry a ``MuxPlan``. vLLM chooses requests, we group them."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        config = RevMuxConfig.from_dict(self.vllm_config.model_config.hf_config.revmux)
-        self.widths = read_policy(self.vllm_config.additional_config, config)
-        self.requests_by_width: Counter[int] = Counter()
+        self.revmux = RevMuxConfig.from_dict(self.vllm_config.model_config.hf_config.revmux)
+        self.policy = read_policy(self.vllm_config.additional_config, self.revmux)
+        self.requests_by_rung: Counter[Rung] = Counter()
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """One step of vLLM's scheduler, planned."""
@@ -37,18 +38,18 @@ class RevMuxScheduler(Scheduler):
         plan = plan_requests(
             list(scheduled),
             list(scheduled.values()),
-            self.widths,
+            self.policy.allowed(len(scheduled)),
             # Members influence one another's answer, so tenants are kept apart.
             [self.requests[request_id].cache_salt for request_id in scheduled],
         )
-        self.requests_by_width.update(plan.counts())
+        self.requests_by_rung.update(plan.counts())
         values = {field.name: getattr(output, field.name) for field in fields(output)}
         return RevMuxSchedulerOutput(**values, mux_plan=plan)
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
-        """vLLM's statistics, with the requests by width since the last ones."""
+        """vLLM's statistics, with the requests by rung since the last ones."""
         stats = super().make_stats(*args, **kwargs)
         if stats is not None:
-            put_width_counts(stats, self.requests_by_width)
-            self.requests_by_width.clear()
+            put_rung_counts(stats, self.requests_by_rung)
+            self.requests_by_rung.clear()
         return stats

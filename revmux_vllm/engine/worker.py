@@ -8,6 +8,7 @@ from typing import Any
 from vllm.platforms import current_platform
 
 from revmux_vllm.packing import MuxPlan
+from revmux_vllm.rungs import Rung
 
 if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as BaseWorker
@@ -28,9 +29,12 @@ class StepPlan:
     plan: MuxPlan
     row_of: Mapping[str, int]
 
-    def groups(self) -> list[tuple[int, ...]]:
-        """Composites by row of the batch, carrier first."""
-        return [tuple(self.row_of[member] for member in group) for group in self.plan.groups]
+    def groups(self) -> list[tuple[Rung, tuple[int, ...]]]:
+        """Composites by row of the batch, carrier first, and their rungs."""
+        return [
+            (rung, tuple(self.row_of[member] for member in group))
+            for rung, group in zip(self.plan.rungs, self.plan.groups, strict=True)
+        ]
 
 
 _current: StepPlan | None = None

@@ -25,7 +25,8 @@ def model_card(
         "",
         f"RevMUX adapters (`{config.adapter_type}`) over a frozen backbone of {num_layers} layers: "
         f"the first {config.prefill_layers} run on every sequence by itself, the others on "
-        f"composites of {', '.join(map(str, config.widths))} sequences or on one alone.",
+        f"fewer rows ({', '.join(map(str, config.rungs))}) or on one sequence alone. `mux:N` packs "
+        "N sequences into one composite, `merge:N` makes one row of N neighbouring tokens.",
         "",
         f"Serve it: `vllm serve {name}` with `revmux-vllm` installed."
         if served
@@ -43,7 +44,7 @@ def model_card(
             f"adapters and heads at {report['mean_tokens']:.0f} tokens, the mean of these rows; "
             "the layer limit counts the layers alone. Early exit is the rival: a small head on "
             "the hidden states after some layer, trained and measured beside the adapters. No "
-            "width uses it.",
+            "rung uses it.",
             "",
         ]
     return "\n".join(lines)
@@ -64,10 +65,10 @@ def report_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
                 "",
             )
         )
-    for width, row in report["widths"].items():
+    for rung, row in report["rungs"].items():
         rows.append(
             (
-                f"width {width}",
+                rung,
                 _span(row["accuracy"]),
                 _span(row["agreement"]),
                 f"{row['speedup']:.2f}x",

@@ -9,7 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from revmux_vllm.adapters import AdapterLadder
 from revmux_vllm.backbones import Backbone
-from revmux_vllm.reference import demultiplex, multiplex
+from revmux_vllm.reference import run_rung
+from revmux_vllm.rungs import Rung
 
 
 class Costs:
@@ -29,14 +30,12 @@ class Costs:
         self.lower = _flops(lambda: backbone.lower(self.ids, self.lengths))
         self.upper = _flops(lambda: backbone.upper(self.hidden, self.lengths))
 
-    def speedup(self, ladder: AdapterLadder, width: int) -> float:
-        """Of composites of ``width``, against the backbone."""
-        adapter = ladder[width]
-        hidden = self.hidden[None].expand(1, width, -1, -1)  # (1, N, T, D)
-        lengths = self.lengths[None].expand(1, width)
-        mux = _flops(lambda: multiplex(adapter, hidden, lengths))
-        demux = _flops(lambda: demultiplex(self.backbone, adapter, self.hidden, hidden, lengths))
-        return (self.lower + self.upper) / (self.lower + (mux + self.upper + demux) / width)
+    def speedup(self, ladder: AdapterLadder, rung: Rung) -> float:
+        """Of ``rung``, against the backbone."""
+        hidden = self.hidden[None].expand(1, rung.mux, -1, -1)  # (1, N, T, D)
+        lengths = self.lengths[None].expand(1, rung.mux)
+        above = _flops(lambda: run_rung(self.backbone, ladder[rung], hidden, lengths))
+        return (self.lower + self.upper) / (self.lower + above / rung.mux)
 
     def exit_speedup(self, head: Any, layer: int) -> float:
         """Of an early exit after ``layer``, against the backbone."""

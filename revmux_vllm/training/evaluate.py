@@ -12,18 +12,19 @@ from torch import Tensor, nn
 from revmux_vllm.adapters import AdapterLadder
 from revmux_vllm.backbones import Backbone
 from revmux_vllm.config import layer_limit
-from revmux_vllm.packing import pack
-from revmux_vllm.reference import demultiplex, multiplex
+from revmux_vllm.packing import pack_rungs
+from revmux_vllm.reference import run_rung
+from revmux_vllm.rungs import Rung
 from revmux_vllm.training.cost import Costs
 from revmux_vllm.training.features import Features
 
 NUM_GROUPINGS = 10
 WINDOW = 64  # requests that wait together and are packed together
 
-Groups = list[tuple[int, ...]]
-# Classes (B,) of all rows in composites of one width at most; the last argument is the order and
-# windows of the rows, and the groups that these make.
-Predict = Callable[[int, Groups, Sequence[Any]], Tensor]
+Groups = list[tuple[Rung, tuple[int, ...]]]
+# Classes (B,) of all rows at one rung; the last argument is the order and windows of the rows, and
+# the groups that these make.
+Predict = Callable[[Rung, Groups, Sequence[Any]], Tensor]
 
 
 @torch.no_grad()
@@ -34,19 +35,18 @@ def predict(
     groups: Groups,
     composites_per_batch: int = 32,
 ) -> Tensor:
-    """Logits (B, C) under ``groups`` of rows; a group of one is the backbone's own answer."""
+    """Logits (B, C) under ``groups`` of rows; what runs alone is the backbone's own answer."""
     device = next(ladder.parameters()).device
     logits = features.logits.clone()
-    for width, adapter in ladder.items():
-        index = torch.tensor([group for group in groups if len(group) == width])
+    for rung, adapter in ladder.items():
+        index = torch.tensor([group for at, group in groups if at == rung])
         if not len(index):
             continue
         index = index[features.lengths[index[:, 0]].argsort()]
         for part in index.split(composites_per_batch):
             lengths = features.lengths[part].to(device)
-            hidden = features.padded(part.flatten()).to(device).unflatten(0, (-1, width))
-            out = backbone.upper(multiplex(adapter, hidden, lengths), lengths[:, 0])
-            vectors = demultiplex(backbone, adapter, out, hidden, lengths)
+            hidden = features.padded(part.flatten()).to(device).unflatten(0, (-1, rung.mux))
+            vectors = run_rung(backbone, adapter, hidden, lengths)
             logits[part.flatten()] = backbone.head(vectors).flatten(0, 1).cpu()
     return logits
 
@@ -58,12 +58,12 @@ def windows(count: int, window: int) -> Iterator[list[Any]]:
         yield [order[start : start + window] for start in range(0, count, window)]
 
 
-def group_windows(parts: Sequence[Any], lengths: Sequence[int], widths: Sequence[int]) -> Groups:
+def group_windows(parts: Sequence[Any], lengths: Sequence[int], rungs: Sequence[Rung]) -> Groups:
     """Each window packed as serving packs it."""
     return [
-        tuple(int(rows[i]) for i in group)
+        (rung, tuple(int(rows[i]) for i in group))
         for rows in parts
-        for group in pack([lengths[row] for row in rows], widths)
+        for rung, group in pack_rungs([lengths[row] for row in rows], rungs)
     ]
 
 
@@ -92,27 +92,33 @@ def evaluate(
     config = ladder.config
     costs = Costs(backbone, round(sum(lengths) / len(lengths)))
 
-    def reference(width: int, groups: Groups, parts: Sequence[Any]) -> Tensor:
+    def reference(rung: Rung, groups: Groups, parts: Sequence[Any]) -> Tensor:
         return predict(backbone, ladder, features, groups).argmax(-1)
 
     report: dict[str, Any] = {
         "backbone": scores([own], features) | {"accuracy": _share(own == features.labels)},
         "mean_tokens": sum(lengths) / len(lengths),
         "widths": {},
+        "rungs": {},
     }
-    rounds = [(width, parts) for width in config.widths for parts in windows(len(lengths), window)]
-    answers: dict[int, list[Tensor]] = {width: [] for width in config.widths}
-    for width, parts in track(rounds, "groupings", console=Console(stderr=True)):
-        groups = group_windows(parts, lengths, [w for w in config.widths if w <= width])
-        answers[width].append((answer or reference)(width, groups, parts))
-    for width, classes in answers.items():
-        report["widths"][str(width)] = {
+    shuffles = list(windows(len(lengths), window))
+    # Without a composite the company does not matter: one round is all ten.
+    rounds = [(r, s) for r in config.rungs for s in (shuffles if r.mux > 1 else shuffles[:1])]
+    answers: dict[Rung, list[Tensor]] = {rung: [] for rung in config.rungs}
+    for rung, parts in track(rounds, "groupings", console=Console(stderr=True)):
+        groups = group_windows(parts, lengths, config.kind(rung))
+        answers[rung].append((answer or reference)(rung, groups, parts))
+    for rung, classes in answers.items():
+        row = {
             "prefill_layers": config.prefill_layers,
-            "layer_limit": layer_limit(width, config.prefill_layers, backbone.num_layers),
-            "speedup": costs.speedup(ladder, width),
+            "layer_limit": layer_limit(rung.saving, config.prefill_layers, backbone.num_layers),
+            "speedup": costs.speedup(ladder, rung),
             "accuracy": _summary([_share(c == features.labels) for c in classes]),
             "agreement": _summary([_share(c == own) for c in classes]),
         } | scores(classes, features)
+        report["rungs"][str(rung)] = row
+        if rung.merge == 1:
+            report["widths"][str(rung.mux)] = row
     return report | {"early_exit": _exit_rows(exits, features, costs), "classes": list(names)}
 
 

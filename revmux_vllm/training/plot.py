@@ -7,8 +7,8 @@ from typing import Any
 
 def plot_report(report: dict[str, Any], path: Path, title: str) -> None:
     """Draw the report of ``revmux eval`` as a PNG; a bar is the spread over the groupings."""
-    cuts = sorted({row["prefill_layers"] for row in report["widths"].values()})
-    plot_frontier({f"RevMUX, l={', '.join(map(str, cuts))}": report}, path, title)
+    cuts = sorted({row["prefill_layers"] for row in report["rungs"].values()})
+    plot_frontier({f"l={', '.join(map(str, cuts))}": report}, path, title)
 
 
 def plot_frontier(reports: dict[str, dict[str, Any]], path: Path, title: str) -> None:
@@ -36,7 +36,13 @@ def plot_frontier(reports: dict[str, dict[str, Any]], path: Path, title: str) ->
         points = sorted([(1.0, backbone), *exits.values()])
         axes.plot(*zip(*points, strict=True), "o--", color="black", label="early exit")
     for name, report in reports.items():
-        _draw_widths(axes, name, list(report["widths"].items()))
+        lines: dict[str, list[tuple[str, dict[str, Any]]]] = {}
+        for rung, row in report["rungs"].items():
+            # One line per way: what is merged, what is multiplexed, what is both.
+            way = " and ".join(part.split(":")[0] for part in rung.split("+"))
+            lines.setdefault(way, []).append((rung, row))
+        for way, rows in lines.items():
+            _draw_rungs(axes, f"{way}, {name}", rows)
     axes.set_xlabel("speed-up (arithmetic, adapters counted)")
     axes.set_ylabel("accuracy, per cent")
     axes.set_title(title)
@@ -47,7 +53,7 @@ def plot_frontier(reports: dict[str, dict[str, Any]], path: Path, title: str) ->
     pyplot.close(figure)
 
 
-def _draw_widths(axes: Any, name: str, rows: Sequence[tuple[str, dict[str, Any]]]) -> None:
+def _draw_rungs(axes: Any, name: str, rows: Sequence[tuple[str, dict[str, Any]]]) -> None:
     ordered = sorted(rows, key=lambda item: item[1]["speedup"])
     speedups = [row["speedup"] for _, row in ordered]
     means = [100 * row["accuracy"]["mean"] for _, row in ordered]
@@ -56,7 +62,5 @@ def _draw_widths(axes: Any, name: str, rows: Sequence[tuple[str, dict[str, Any]]
         [100 * (row["accuracy"]["max"] - row["accuracy"]["mean"]) for _, row in ordered],
     ]
     axes.errorbar(speedups, means, yerr=spread, fmt="s-", capsize=3, label=name)
-    for (width, _), speedup, mean in zip(ordered, speedups, means, strict=True):
-        axes.annotate(
-            f"N={width}", (speedup, mean), xytext=(6, 5), textcoords="offset points", fontsize=8
-        )
+    for (rung, _), speedup, mean in zip(ordered, speedups, means, strict=True):
+        axes.annotate(rung, (speedup, mean), xytext=(6, 5), textcoords="offset points", fontsize=8)

@@ -13,6 +13,7 @@ from revmux_vllm import checkpoint
 from revmux_vllm.adapters import AdapterLadder
 from revmux_vllm.backbones import check_family, load_backbone
 from revmux_vllm.config import RevMuxConfig
+from revmux_vllm.rungs import Rung
 from revmux_vllm.training import data, trainer
 from revmux_vllm.training.card import model_card
 from revmux_vllm.training.device import process_state
@@ -42,7 +43,7 @@ def train_checkpoint(
     text_columns: Sequence[str] | None,
     label_column: str | None,
     label_words: Sequence[str] | None,
-    widths: tuple[int, ...],
+    rungs: tuple[Rung, ...],
     prefill_layers: int | None,
     adapter_type: str,
     adapter_hidden_size: int,
@@ -76,7 +77,7 @@ def train_checkpoint(
     tokenizer = AutoTokenizer.from_pretrained(backbone)
     layers, hidden_size = hf_config.num_hidden_layers, hf_config.hidden_size
     config = RevMuxConfig(
-        widths=widths,
+        rungs=rungs,
         prefill_layers=prefill_layers if prefill_layers is not None else max(1, layers // 4),
         adapter_type=adapter_type,
         adapter_hidden_size=adapter_hidden_size,
@@ -92,16 +93,17 @@ def train_checkpoint(
         measured_rows = data.read_rows(evaluation, names, **columns, need_labels=True)
     kept, held = data.split_rows(len(rows), hold_out, seed)
     state = process_state()
+    widest = max(rung.mux for rung in rungs)
     share = len(held) // state.num_processes
-    if held and share < widths[-1]:
+    if held and share < widest:
         raise ValueError(
             f"--hold-out {hold_out}: {share} rows a process, fewer than the widest width "
-            f"{widths[-1]}; give more rows, or --hold-out 0"
+            f"{widest}; give more rows, or --hold-out 0"
         )
     step = recipe.batch_size * state.num_processes
-    if recipe.batch_size < widths[-1] or len(kept) < step:
+    if recipe.batch_size < widest or len(kept) < step:
         raise ValueError(
-            f"--batch-size {recipe.batch_size}: expected at least the widest width {widths[-1]}, "
+            f"--batch-size {recipe.batch_size}: expected at least the widest width {widest}, "
             f"and in all processes together at most the {len(kept)} training rows"
         )
     cut = load_backbone(backbone, config.prefill_layers, label_words).to(state.device)

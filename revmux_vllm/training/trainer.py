@@ -16,7 +16,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, Traini
 
 from revmux_vllm.adapters import AdapterLadder
 from revmux_vllm.backbones import Backbone
-from revmux_vllm.reference import compose, demultiplex, streams_of
+from revmux_vllm.reference import demultiplex, multiplex
 from revmux_vllm.training.device import on_cpu, process_state
 from revmux_vllm.training.features import Features
 from revmux_vllm.training.losses import (
@@ -34,7 +34,7 @@ FULL_DISK = 64 << 20  # bytes; with less free a failure to write is the disk's
 
 
 class LadderModel(nn.Module):
-    """What ``Trainer`` trains: the loss of every width, and of every early exit, on one batch.
+    """What ``Trainer`` trains: the loss of every rung, and of every early exit, on one batch.
 
     The frozen backbone is used but is not a submodule: it is neither saved nor wrapped.
 
@@ -76,34 +76,27 @@ class LadderModel(nn.Module):
 
         While measuring, early exits are left out: the best checkpoint is the adapters' best.
         """
-        adapters = self.ladder.items()
-        groups = [self._groups(lengths, width) for width, _ in adapters]
-        streams = [
-            streams_of(adapter, hidden[group], lengths[group])
-            for (_, adapter), group in zip(adapters, groups, strict=True)
-        ]
-        composites = [
-            compose(adapter, own) for (_, adapter), own in zip(adapters, streams, strict=True)
-        ]
-        sizes = [len(composite) for composite in composites]
-        longest = torch.cat([lengths[group[:, 0]] for group in groups])
-        outs = self.backbone.upper(torch.cat(composites), longest).split(sizes)
         losses = {}
-        for (width, adapter), group, mixed, out in zip(
-            adapters, groups, streams, outs, strict=True
-        ):
+        for rung, adapter in self.ladder.items():
+            group = self._groups(lengths, rung.mux)
             own, own_lengths, rows = hidden[group], lengths[group], group.flatten()
+            composites = multiplex(self.backbone, adapter, own, own_lengths)
+            out = self.backbone.upper(
+                composites.rows, composites.lengths[:, 0], composites.positions
+            )
             target = labels[rows], teacher_logits[rows], teacher_vectors[rows]
-            ways = (True, False) if self.ladder.config.skip and self.training else (True,)
+            # A composite that has the skip must answer without it too; see ``Recipe.skip``.
+            both = self.training and self.ladder.config.skip and adapter.mux is not None
             parts = [
                 self._member_loss(
-                    demultiplex(self.backbone, adapter, out, own, own_lengths, way), *target
+                    demultiplex(self.backbone, adapter, out, composites, own, own_lengths, way),
+                    *target,
                 )
-                for way in ways
+                for way in ((True, False) if both else (True,))
             ]
-            losses[f"loss_width_{width}"] = torch.stack(parts).mean()
-            if self.paper_loss:
-                losses[f"loss_streams_{width}"] = stream_similarity(mixed)
+            losses[f"loss_{rung}"] = torch.stack(parts).mean()
+            if self.paper_loss and composites.streams is not None:
+                losses[f"loss_streams_{rung}"] = stream_similarity(composites.streams)
         for place, (layer, head) in enumerate(self.exits.items() if self.training else ()):
             losses[f"loss_exit_{layer}"] = answer_loss(
                 head(exit_states[:, place]), labels, teacher_logits

@@ -13,8 +13,9 @@ from vllm.v1.worker.worker_base import WorkerBase
 
 from revmux_vllm.engine import plugin
 from revmux_vllm.engine.attention import composite_attention_backend
-from revmux_vllm.engine.metrics import put_width_counts, take_width_counts
+from revmux_vllm.engine.metrics import put_rung_counts, take_rung_counts
 from revmux_vllm.engine.scheduler import RevMuxSchedulerOutput
+from revmux_vllm.rungs import Rung
 
 
 def parameters(function: object) -> list[str]:
@@ -90,8 +91,8 @@ def test_statistics_still_offer_no_place_of_our_own() -> None:
     assert "waiting_lora_adapters" in names
     assert not {"extra", "plugin_stats", "custom_stats", "additional_stats"} & names
     stats = SchedulerStats()
-    put_width_counts(stats, {1: 3, 4: 8})
-    assert take_width_counts(stats) == {1: 3, 4: 8}
+    put_rung_counts(stats, {Rung(): 3, Rung(mux=4): 8})
+    assert take_rung_counts(stats) == {"alone": 3, "mux:4": 8}
 
 
 def test_registering_twice_is_harmless() -> None:

@@ -1,5 +1,7 @@
 """The index arithmetic of a step, against a plain-Python reading of the same plan."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -7,46 +9,83 @@ from hypothesis import strategies as st
 
 from revmux_vllm.engine.layout import make_layout
 from revmux_vllm.packing import pack
+from revmux_vllm.rungs import Rung
+
+
+def merged(length: int, factor: int, keep_first: bool) -> list[list[int]]:
+    """Tokens of every row of a sequence, the slow way."""
+    tokens = list(range(length))
+    if factor == 1:
+        return [[token] for token in tokens]
+    pooled = [tokens.pop(0 if keep_first else -1)]
+    groups = [tokens[i : i + factor] for i in range(0, len(tokens), factor)]
+    return [pooled, *groups] if keep_first else [*groups, pooled]
 
 
 @given(
     lengths=st.lists(st.integers(1, 12), min_size=1, max_size=24),
     widths=st.sets(st.sampled_from([2, 3, 4, 8])),
+    merges=st.lists(st.integers(1, 3), min_size=24, max_size=24),
+    keep_first=st.booleans(),
 )
-def test_rows_follow_the_plan(lengths: list[int], widths: set[int]) -> None:
-    groups = pack(lengths, widths)
+def test_rows_follow_the_plan(
+    lengths: list[int], widths: set[int], merges: list[int], keep_first: bool
+) -> None:
+    groups = [(Rung(m, len(g)), g) for m, g in zip(merges, pack(lengths, widths), strict=False)]
     starts = np.concatenate([[0], np.cumsum(lengths)])
-    layout = make_layout(groups, starts)
+    layout = make_layout(groups, starts, keep_first=keep_first)
 
-    expected = []  # (width, position, token row of every member or None) of every upper row
-    for group in sorted(groups, key=len):
-        for position in range(lengths[group[0]]):
-            members = [int(starts[m]) + position if position < lengths[m] else None for m in group]
-            expected.append((len(group), position, members))
-    assert layout.positions.tolist() == [position for _, position, _ in expected]
-    assert layout.carrier_rows.tolist() == [members[0] for *_, members in expected]
-    assert layout.alone.tolist() == [members[0] for width, _, members in expected if width == 1]
-    for part in layout.widths:
-        rows = [members for width, _, members in expected if width == part.width]
-        ended = int(starts[-1])
-        assert part.rows.tolist() == [[ended if r is None else r for r in row] for row in rows]
-        assert part.present.tolist() == [[r is not None for r in row] for row in rows]
+    # Of every upper row: its rung, and of every member the token rows that it takes part with.
+    expected: list[tuple[Rung, int, list[list[int]]]] = []
+    read: dict[int, int] = {}
+    for rung, group in sorted(groups, key=lambda item: item[0]):
+        own = [merged(lengths[m], rung.merge, keep_first) for m in group]
+        for member, rows in zip(group, own, strict=True):
+            read[member] = len(expected) + (0 if keep_first else len(rows) - 1)
+        for place in range(len(own[0])):
+            rows = [
+                [int(starts[m]) + t for t in rows[place]] if place < len(rows) else []
+                for m, rows in zip(group, own, strict=True)
+            ]
+            expected.append((rung, place, rows))
+            last = own[0][place][-1]
+            assert layout.positions[len(expected) - 1] == last
+            assert layout.carrier_rows[len(expected) - 1] == int(starts[group[0]]) + place
+    assert layout.num_rows == len(expected)
+    assert layout.places.tolist() == [place for _, place, _ in expected]
+    assert layout.alone.tolist() == [rows[0][0] for rung, _, rows in expected if rung == Rung()]
+    for part in layout.rungs:
+        rows = [rows for rung, _, rows in expected if rung == part.rung]
+        assert gathered(part, int(starts[-1])) == rows
+        assert part.present.tolist() == [[bool(tokens) for tokens in row] for row in rows]
+        for row, sequence in zip(part.read_at.tolist(), part.sequence.tolist(), strict=True):
+            assert read.pop(sequence) == row
+        streams = part.stream.view(-1, part.rung.mux).tolist()
+        assert streams == [list(range(part.rung.mux))] * len(streams)
+    assert sorted(read) == sorted(group[0] for rung, group in groups if rung == Rung())
+    pooled = starts[:-1] if keep_first else starts[1:] - 1
+    assert layout.pooled_token.tolist() == pooled.tolist()
 
-    read = {}
-    for part in layout.widths:
-        for row, stream, sequence in zip(part.read_at, part.stream, part.sequence, strict=True):
-            read[int(sequence)] = expected[int(row)][2][int(stream)]
-    alone = {group[0] for group in groups if len(group) == 1}
-    assert read == {i: int(starts[i + 1]) - 1 for i in range(len(lengths)) if i not in alone}
-    assert layout.last_token.tolist() == [int(s) - 1 for s in starts[1:]]
+
+def gathered(part: Any, num_tokens: int) -> list[list[list[int]]]:
+    """Token rows of every member of every upper row, read off the indices as the model does."""
+    source = [[token] for token in range(num_tokens)]
+    if part.tokens is not None:
+        source = [
+            [t for t, there in zip(row, merged, strict=True) if there]
+            for row, merged in zip(part.tokens.tolist(), part.merged.tolist(), strict=True)
+        ]
+        assert bool((part.tokens == num_tokens).eq(~part.merged).all())
+    source.append([])
+    return [[source[row] for row in rows] for rows in part.rows.tolist()]
 
 
 @pytest.mark.parametrize("groups", [[(0,)], [(0, 1), (1,)], [(0, 1), (2,)]])
 def test_a_plan_for_another_batch_is_refused(groups: list[tuple[int, ...]]) -> None:
     with pytest.raises(ValueError, match="do not cover the batch's 2 rows once"):
-        make_layout(groups, np.array([0, 3, 5]))
+        make_layout([(Rung(mux=len(group)), group) for group in groups], np.array([0, 3, 5]))
 
 
 def test_a_carrier_must_be_the_longest() -> None:
     with pytest.raises(ValueError, match="longer than its carrier"):
-        make_layout([(0, 1)], np.array([0, 2, 5]))
+        make_layout([(Rung(mux=2), (0, 1))], np.array([0, 2, 5]))

@@ -10,6 +10,7 @@ from vllm.engine.arg_utils import EngineArgs
 
 from revmux_vllm.config import RevMuxConfig
 from revmux_vllm.engine.policy import read_policy
+from revmux_vllm.rungs import parse_rungs
 
 
 def configure(model: Path, **options: Any) -> Any:
@@ -47,18 +48,31 @@ def test_a_broken_checkpoint_is_refused_before_the_engine_starts(
 ) -> None:
     folder = Path(shutil.copytree(tiny_checkpoint, tmp_path / "broken"))
     values = json.loads((folder / "config.json").read_text())
-    values["revmux"]["widths"] = [2, 3]
+    values["revmux"]["rungs"] = ["mux:2", "mux:3"]
     (folder / "config.json").write_text(json.dumps(values))
-    with pytest.raises(ValueError, match=r"revmux\.widths: 3 does not divide"):
+    with pytest.raises(ValueError, match=r"revmux\.rungs: mux:3: 3 does not divide"):
         configure(folder)
 
 
 def test_policy() -> None:
-    config = RevMuxConfig(widths=(2, 4), prefill_layers=1)
-    assert read_policy({}, config) == (2, 4)
-    assert read_policy({"revmux": {"max_width": 2}}, config) == (2,)
-    assert read_policy({"revmux": {"max_width": 1}}, config) == ()
-    with pytest.raises(ValueError, match="unknown key linger"):
-        read_policy({"revmux": {"linger": 3}}, config)
-    with pytest.raises(ValueError, match=r"max_width: expected one of \[1, 2, 4\], found 3"):
-        read_policy({"revmux": {"max_width": 3}}, config)
+    config = RevMuxConfig(parse_rungs(["mux:2", "mux:4", "merge:2"]), prefill_layers=1)
+
+    def allowed(options: dict[str, Any], crowd: int = 64) -> list[str]:
+        return list(map(str, read_policy({"revmux": options}, config).allowed(crowd)))
+
+    assert allowed({}) == ["mux:2", "mux:4", "merge:2"]
+    assert allowed({}, crowd=3) == ["mux:2", "merge:2"]
+    assert allowed({}, crowd=1) == []
+    assert allowed({"max_width": 2}) == ["mux:2", "merge:2"]
+    assert allowed({"max_width": 1}) == ["merge:2"]
+    assert allowed({"rungs": ["mux:4"]}) == ["mux:4"]
+    assert allowed({"rungs": []}) == []
+    for options, message in (
+        ({"linger": 3}, "unknown key linger; known are max_width and rungs"),
+        ({"max_width": 3}, r"max_width: expected one of \[1, 2, 4\], found 3"),
+        ({"rungs": ["mux:8"]}, "rungs: the checkpoint has no mux:8; it has mux:2, mux:4, merge:2"),
+        ({"rungs": ["x"]}, "rungs: rung 'x': expected mux:N"),
+        ({"rungs": "mux:2"}, "rungs: expected a list, found 'mux:2'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            allowed(options)

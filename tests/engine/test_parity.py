@@ -14,6 +14,7 @@ from conftest import RecordingEngine, make_tiny_checkpoint, random_prompts
 from revmux_vllm import checkpoint
 from revmux_vllm.backbones import load_backbone
 from revmux_vllm.reference import classify
+from revmux_vllm.rungs import Rung
 
 BATCHES = [(0, 1), (1, 5), (2, 64), (3, 31), (4, 64), (5, 2)]  # seed, requests
 FLOAT32_TOLERANCE = 1e-4
@@ -22,12 +23,12 @@ FLOAT32_TOLERANCE = 1e-4
 BFLOAT16_TOLERANCE = 0.15
 
 
-Reference = Callable[[list[list[int]], list[tuple[int, ...]]], torch.Tensor]
+Reference = Callable[..., torch.Tensor]
 
 
 def reference_of(folder: Path) -> Reference:
     backbone, ladder = load_backbone(folder, 1), checkpoint.load_adapters(folder)
-    return lambda prompts, groups: classify(backbone, ladder, prompts, groups).softmax(-1)
+    return lambda *prompts_and_plan: classify(backbone, ladder, *prompts_and_plan).softmax(-1)
 
 
 @pytest.fixture(scope="module")
@@ -35,16 +36,18 @@ def reference(tiny_checkpoint: Path) -> Reference:
     return reference_of(tiny_checkpoint)
 
 
-def check(engine: RecordingEngine, reference: Reference) -> None:
-    seen: set[int] = set()
+def check(
+    engine: RecordingEngine, reference: Reference, rungs: str = "alone,mux:2,mux:4,mux:8"
+) -> None:
+    seen: set[str] = set()
     for seed, count in BATCHES:
         prompts = random_prompts(seed, count)
-        probs, groups = engine.classify(prompts)
-        seen |= {len(group) for group in groups}
+        probs, groups, ran = engine.classify(prompts)
+        seen |= set(map(str, ran))
         assert sorted(i for group in groups for i in group) == list(range(count))
-        difference = (probs - reference(prompts, groups)).abs().max().item()
+        difference = (probs - reference(prompts, groups, ran)).abs().max().item()
         assert difference <= FLOAT32_TOLERANCE, (seed, count, groups)
-    assert seen == {1, 2, 4, 8}, "the batches no longer cover every width"
+    assert seen == set(rungs.split(",")), "the batches no longer cover every rung"
 
 
 @pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
@@ -65,6 +68,28 @@ def test_the_papers_other_adapters(
     check(make_engine(folder), reference_of(folder))
 
 
+MERGING = "merge:2,merge:3,merge:3+mux:2,merge:3+mux:4"
+
+
+@pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
+def test_merged_tokens(
+    eager: bool, tmp_path: Path, make_engine: Callable[..., RecordingEngine]
+) -> None:
+    """Alone and inside composites; a step of two or three requests merges without a partner."""
+    folder = make_tiny_checkpoint(tmp_path, rungs=MERGING)
+    engine = make_engine(folder, enforce_eager=eager)
+    check(engine, reference_of(folder), f"alone,{MERGING}")
+
+
+def test_merging_changes_answers(tmp_path: Path) -> None:
+    reference = reference_of(make_tiny_checkpoint(tmp_path, rungs=MERGING))
+    prompts = [prompt for prompt in random_prompts(7, 16) if len(prompt) > 3]
+    alone = [(i,) for i in range(len(prompts))]
+    a, b, c = (reference(prompts, alone, [Rung(n)] * len(prompts)) for n in (1, 2, 3))
+    for one, other in ((a, b), (a, c), (b, c)):
+        assert (one - other).abs().amax(-1).median() > 100 * FLOAT32_TOLERANCE
+
+
 def test_company_changes_answers(reference: Reference) -> None:
     """Without this the parity test could not fail on a wrong grouping."""
     prompts = random_prompts(7, 8)
@@ -82,8 +107,8 @@ def test_bfloat16(
     engine = make_engine(tiny_checkpoint, dtype="bfloat16")
     for seed, count in BATCHES:
         prompts = random_prompts(seed, count)
-        probs, groups = engine.classify(prompts)
-        difference = (probs - reference(prompts, groups)).abs()
+        probs, groups, rungs = engine.classify(prompts)
+        difference = (probs - reference(prompts, groups, rungs)).abs()
         assert difference.max().item() <= BFLOAT16_TOLERANCE, (seed, count)
 
 
@@ -95,9 +120,9 @@ def test_width_one_is_the_stock_model(
     stock = make_engine(tiny_checkpoint.parent / "backbone", enable_prefix_caching=False)
     for seed, count in BATCHES:
         prompts = random_prompts(seed, count)
-        probs, groups = ours.classify(prompts)
-        assert {len(group) for group in groups} == {1}
-        expected, _ = stock.classify(prompts)
+        probs, _, rungs = ours.classify(prompts)
+        assert set(rungs) == {Rung()}
+        expected, *_ = stock.classify(prompts)
         torch.testing.assert_close(probs, expected, rtol=0, atol=1e-6)
 
 

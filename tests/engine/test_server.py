@@ -18,7 +18,7 @@ import aiohttp
 import httpx
 import pytest
 import torch
-from bursts import parse_width_counts
+from bursts import parse_rung_counts
 from conftest import VOCAB_SIZE, word_tokenizer
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
@@ -28,6 +28,7 @@ from revmux_vllm.backbones import load_backbone
 from revmux_vllm.config import RevMuxConfig
 from revmux_vllm.local_server import LocalServer
 from revmux_vllm.reference import classify
+from revmux_vllm.rungs import parse_rungs
 
 NUM_LABELS = 256
 HIDDEN_SIZE = 64
@@ -36,7 +37,7 @@ HIDDEN_SIZE = 64
 def make_transparent_checkpoint(root: Path) -> Path:
     """See the module's docstring."""
     torch.manual_seed(1)
-    config = LlamaConfig(
+    llama = LlamaConfig(
         vocab_size=VOCAB_SIZE,
         hidden_size=HIDDEN_SIZE,
         intermediate_size=64,
@@ -49,20 +50,22 @@ def make_transparent_checkpoint(root: Path) -> Path:
         pad_token_id=0,
         num_labels=NUM_LABELS,
     )
-    model = LlamaForSequenceClassification(config)
-    ladder = AdapterLadder(RevMuxConfig(widths=(2, 4), prefill_layers=1), HIDDEN_SIZE)
+    model = LlamaForSequenceClassification(llama)
+    config = RevMuxConfig(parse_rungs(["mux:2", "mux:4"]), prefill_layers=1)
+    ladder = AdapterLadder(config, HIDDEN_SIZE)
     with torch.no_grad():
         for layer in model.model.layers[1:]:
             layer.self_attn.o_proj.weight.zero_()
             layer.mlp.down_proj.weight.zero_()
-        for width, adapter in ladder.items():
+        for rung, adapter in ladder.items():
             for name, parameter in adapter.named_parameters():
                 if name.endswith("bias"):
                     parameter.zero_()
                 elif "coupling" in name:
                     parameter.normal_(std=0.5 / parameter.shape[-1] ** 0.5)
-            adapter.up[0].weight[:, HIDDEN_SIZE // width :] = 0
-            adapter.down.copy_(adapter.down[:1].expand_as(adapter.down))
+            mux: Any = adapter.mux
+            mux.up[0].weight[:, HIDDEN_SIZE // rung.mux :] = 0
+            mux.down.copy_(mux.down[:1].expand_as(mux.down))
     model.save_pretrained(root / "backbone")
     word_tokenizer().save_pretrained(root / "backbone")
     folder = root / "transparent"
@@ -71,7 +74,7 @@ def make_transparent_checkpoint(root: Path) -> Path:
 
 
 class Known:
-    """Texts and the label that each must get, by the width it may have run at."""
+    """Texts and the label that each must get, by the rung it may have run at."""
 
     def __init__(self, folder: Path, count: int) -> None:
         rng = random.Random(0)
@@ -131,8 +134,8 @@ def wrong(known: Known, answers: list[str], indices: list[int]) -> list[int]:
     return [i for i, a in zip(indices, answers, strict=True) if a not in known.labels[i]]
 
 
-def requests_by_width(server: LocalServer) -> Counter[int]:
-    return parse_width_counts(httpx.get(f"{server.base_url}/metrics").text)
+def requests_by_rung(server: LocalServer) -> Counter[str]:
+    return parse_rung_counts(httpx.get(f"{server.base_url}/metrics").text)
 
 
 def test_each_of_2000_concurrent_requests_gets_its_own_answer(
@@ -141,12 +144,12 @@ def test_each_of_2000_concurrent_requests_gets_its_own_answer(
     known = Known(folder, 2000)
     distinct = {frozenset(labels) for labels in known.labels}
     assert len(distinct) > 200, "the labels no longer tell the requests apart"
-    before = requests_by_width(server)
+    before = requests_by_rung(server)
     answers = asyncio.run(ask_all(server, known.texts))
     assert wrong(known, answers, list(range(2000))) == []
-    ran = requests_by_width(server) - before
+    ran = requests_by_rung(server) - before
     assert sum(ran.values()) == 2000
-    assert ran[4] > 100, ran
+    assert ran["mux:4"] > 100, ran
     assert "vllm:num_requests_running" in httpx.get(f"{server.base_url}/metrics").text
 
 

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import revmux, write_rows
+from conftest import make_tiny_checkpoint, revmux, write_rows
 from transformers import AutoTokenizer
 
 from revmux_vllm import checkpoint
 from revmux_vllm.backbones import load_backbone
 from revmux_vllm.reference import classify
+from revmux_vllm.rungs import Rung
 from revmux_vllm.training import data
 from revmux_vllm.training.cost import Costs
 from revmux_vllm.training.evaluate import group_windows, predict, windows
@@ -49,7 +50,7 @@ def test_json_alone_on_standard_output(trained: Path, rows: Path) -> None:
 def test_tables_and_plot(trained: Path, rows: Path, tmp_path: Path) -> None:
     result = revmux(f"eval {trained} --eval {rows} --plot {tmp_path / 'plot.png'}")
     assert result.exit_code == 0, result.output
-    for part in ("early exit", "width 4", "precision", "LABEL_1", "plot written"):
+    for part in ("early exit", "mux:4", "merge:2", "precision", "LABEL_1", "plot written"):
         assert part in result.output
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
@@ -60,7 +61,7 @@ def test_an_unwritable_plot_says_nothing_of_training(
     (tmp_path / "file").touch()
     result = revmux(f"eval {trained} --eval {rows} --plot {tmp_path / 'file' / 'plot.png'}")
     assert result.exit_code == 2
-    assert "width 4" in result.output  # the measurement is not lost
+    assert "mux:4" in result.output  # the measurement is not lost
     assert "error:" in result.output
     assert "--resume" not in result.output
 
@@ -75,9 +76,9 @@ def test_rows_without_labels_cannot_be_measured(trained: Path, tmp_path: Path) -
 def test_inspect(trained: Path) -> None:
     facts = json.loads(revmux(f"inspect {trained} --json").stdout)
     state = checkpoint.load_adapters(trained).state_dict()
-    count = sum(tensor.numel() for key, tensor in state.items() if key.startswith("4."))
-    assert facts["widths"]["4"]["parameters"] == count
-    assert facts["widths"]["4"]["accuracy"]["mean"] > 0
+    count = sum(tensor.numel() for key, tensor in state.items() if key.startswith("mux:4."))
+    assert facts["rungs"]["mux:4"]["parameters"] == count
+    assert facts["rungs"]["mux:4"]["accuracy"]["mean"] > 0
     assert facts["backbone"] == "in this folder"
     assert (facts["layers"], facts["prefill_layers"], facts["hidden_size"]) == (4, 1, 64)
     table = revmux(f"inspect {trained}").output
@@ -93,25 +94,26 @@ def test_inspect_of_a_bundled_name_and_of_nothing() -> None:
     assert "bundled are revmux-llama" in result.output
 
 
+@pytest.mark.parametrize("rung", ["mux:8", "merge:3", "merge:2+mux:4"])
 @torch.no_grad()
-def test_batched_prediction_equals_the_reference(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_batched_prediction_equals_the_reference(rung: str, tmp_path: Path) -> None:
     """Evaluation pads many composites together; the reference runs them one by one."""
-    backbone = load_backbone(tiny_checkpoint, 1)
-    ladder = checkpoint.load_adapters(tiny_checkpoint)
-    tokenizer = AutoTokenizer.from_pretrained(tiny_checkpoint)
+    folder = make_tiny_checkpoint(tmp_path, rungs=rung)
+    backbone, ladder = load_backbone(folder, 1), checkpoint.load_adapters(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     names = ["LABEL_0", "LABEL_1", "LABEL_2"]
     texts = data.read_rows(write_rows(tmp_path / "rows.tsv", 40, 3), names)
     features = extract(backbone, tokenizer, texts, 256, [1, 3])
     prompts = [tokenizer(text)["input_ids"] for text in texts.texts]
-    groups = group_windows(next(windows(40, 40)), features.lengths.tolist(), (2, 4, 8))
-    assert {len(group) for group in groups} == {8}
+    groups = group_windows(next(windows(40, 40)), features.lengths.tolist(), ladder.config.rungs)
+    assert {str(rung) for rung, _ in groups} == {rung}
     torch.testing.assert_close(
         predict(backbone, ladder, features, groups),
-        classify(backbone, ladder, prompts, groups),
+        classify(backbone, ladder, prompts, [group for _, group in groups], [r for r, _ in groups]),
         atol=1e-4,
         rtol=1e-4,
     )
-    alone = classify(backbone, ladder, prompts, [(i,) for i in range(40)])
+    alone = classify(backbone, ladder, prompts, [(i,) for i in range(40)], [Rung()] * 40)
     torch.testing.assert_close(features.logits, alone, atol=1e-4, rtol=1e-4)
 
 
@@ -120,7 +122,7 @@ def test_costs_count_everything(tiny_checkpoint: Path) -> None:
     backbone, ladder = load_backbone(tiny_checkpoint, 1), checkpoint.load_adapters(tiny_checkpoint)
     costs = Costs(backbone, 50)
     assert costs.upper / costs.lower == pytest.approx(3, rel=1e-6)
-    speedups = [costs.speedup(ladder, width) for width in (2, 4, 8)]
+    speedups = [costs.speedup(ladder, Rung(mux=width)) for width in (2, 4, 8)]
     assert speedups == sorted(speedups)
     assert speedups[0] < 1.6
     head = torch.nn.Flatten()
@@ -135,4 +137,4 @@ def test_the_engine_agrees_with_the_reference(trained: Path, rows: Path, window:
     words = [sys.executable, "-m", "revmux_vllm.cli", *command.split(), "--engine"]
     done = subprocess.run(words, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["widths"] == reference["widths"]
+    assert json.loads(done.stdout)["rungs"] == reference["rungs"]

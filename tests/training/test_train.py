@@ -32,17 +32,17 @@ KEYS = {
 
 def keys_of_width_4(folder: Path) -> set[str]:
     keys = load_file(folder / checkpoint.ADAPTER_FILE)
-    return {k.removeprefix("revmux.4.") for k in keys if k.startswith("revmux.4.")}
+    return {k.removeprefix("revmux.mux:4.mux.") for k in keys if k.startswith("revmux.mux:4.mux.")}
 
 
 def test_the_folder_is_a_checkpoint(trained: Path) -> None:
-    assert checkpoint.validate(trained).widths == (2, 4)
+    assert list(map(str, checkpoint.validate(trained).rungs)) == ["mux:2", "mux:4", "merge:2"]
     tensors = load_file(trained / checkpoint.ADAPTER_FILE)
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
     assert keys_of_width_4(trained) == KEYS["revmux"] | {"skip_norm.weight"}
     card = (trained / "README.md").read_text()
     assert "early exit after layer 1" in card
-    assert checkpoint.read_report(trained)["widths"].keys() == {"2", "4"}
+    assert checkpoint.read_report(trained)["rungs"].keys() == {"mux:2", "mux:4", "merge:2"}
     assert (trained / "accuracy.png").read_bytes().startswith(b"\x89PNG")
     log = [json.loads(line) for line in (trained / "training-log.jsonl").read_text().splitlines()]
     assert any("eval_loss" in line for line in log)
@@ -159,8 +159,8 @@ def test_a_stopped_training_resumes(
     ("change", "message"),
     [
         ("--widths 2,5", "5 does not divide"),
-        ("--widths 4,2", "expected ascending and unique, found [4, 2]"),
-        ("--widths two", "expected integers such as 2,4,8"),
+        ("--widths two", "--widths two: rung 'mux:two': expected mux:N, merge:N or merge:N+mux:N"),
+        ("--rungs merge:2", "--rungs and --widths: give one of them"),
         ("--prefill-layers 4", "fewer than the backbone's 4 layers"),
         ("--batch-size 3", "expected at least the widest width 4"),
         ("--batch-size 500", "together at most the 144 training rows"),

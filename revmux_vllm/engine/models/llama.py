@@ -150,27 +150,35 @@ class RevMuxLlamaForSequenceClassification(nn.Module, SupportsQuant):
         """Token rows (num_tokens, D) to upper rows (U, D)."""
         parts = [hidden[layout.alone]]
         padded = torch.cat([hidden, hidden.new_zeros(1, hidden.shape[-1])])
-        for part in layout.widths:
-            adapter = self.adapters[part.width]
-            parts.append(adapter.multiplex(padded[part.rows], part.present))
+        for part in layout.rungs:
+            adapter = self.adapters[part.rung]
+            source = padded
+            if adapter.merger is not None:
+                source = adapter.merger(padded[part.tokens], part.merged)
+            if adapter.mux is None:
+                parts.append(source)
+                continue
+            if adapter.merger is not None:
+                source = torch.cat([source, padded[-1:]])
+            parts.append(adapter.mux.multiplex(source[part.rows], part.present))
         return torch.cat(parts)
 
     def demultiplex(self, out: Tensor, hidden: Tensor, layout: MuxLayout) -> Tensor:
         """Upper rows (U, D) back to token rows (num_tokens, D), each at its owner's place."""
         result = torch.zeros_like(hidden)
         result[layout.alone] = out[: len(layout.alone)]
-        if not layout.widths:
+        if not layout.rungs:
             return result
         lengths = layout.sequence_lengths
         # Summed in float32 as the reference does; in half precision the order would show.
         total = torch.zeros(len(lengths), hidden.shape[-1], device=hidden.device)
         total.index_add_(0, layout.sequence_of_token, hidden.float())
         mean = (total / lengths[:, None]).to(hidden.dtype)
-        skip = torch.stack([hidden[layout.last_token], mean], dim=1)  # (B, 2, D)
-        for part in layout.widths:
-            adapter = self.adapters[part.width]
-            vectors = adapter.demultiplex(out[part.read_at], part.stream, skip[part.sequence])
-            result[layout.last_token[part.sequence]] = vectors
+        skip = torch.stack([hidden[layout.pooled_token], mean], dim=1)  # (B, 2, D)
+        for part in layout.rungs:
+            adapter = self.adapters[part.rung]
+            vectors = adapter.read(out[part.read_at], part.stream, skip[part.sequence])
+            result[layout.pooled_token[part.sequence]] = vectors
         return result
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:

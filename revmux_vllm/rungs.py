@@ -1,0 +1,57 @@
+"""The ways through the upper layers for less, by name: ``mux:N``, ``merge:N``, and both."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+_PATTERN = re.compile(r"(?:merge:(\d+))?\+?(?:mux:(\d+))?")
+
+
+@dataclass(frozen=True, order=True)
+class Rung:
+    """What the upper layers run on; ``Rung()`` is a sequence alone, the backbone itself.
+
+    Attributes:
+        merge: neighbouring tokens of one sequence that become one row; 1 merges none.
+        mux: sequences that share a composite (the width N); 1 is no composite.
+    """
+
+    merge: int = 1
+    mux: int = 1
+
+    def __str__(self) -> str:
+        named = {"merge": self.merge, "mux": self.mux}
+        return "+".join(f"{name}:{n}" for name, n in named.items() if n > 1) or "alone"
+
+    @property
+    def saving(self) -> int:
+        """Rows of the backbone that one row of this rung stands for."""
+        return self.merge * self.mux
+
+    @classmethod
+    def parse(cls, text: str) -> "Rung":
+        """``merge:2+mux:4`` and the like.
+
+        Raises:
+            ValueError: naming the text and what was expected.
+        """
+        found = _PATTERN.fullmatch(text) if isinstance(text, str) else None
+        rung = cls(*(int(n or 1) for n in found.groups())) if found else cls()
+        if str(rung) != text or rung.saving == 1:
+            raise ValueError(
+                f"rung {text!r}: expected mux:N, merge:N or merge:N+mux:N, N at least 2"
+            )
+        return rung
+
+
+def parse_rungs(texts: Iterable[str]) -> tuple[Rung, ...]:
+    """Rungs by name, sorted.
+
+    Raises:
+        ValueError: for a name that is none, or stands there twice.
+    """
+    rungs = [Rung.parse(text) for text in texts]
+    twice = sorted({str(rung) for rung in rungs if rungs.count(rung) > 1})
+    if twice:
+        raise ValueError(f"rung {', '.join(twice)}: there twice")
+    return tuple(sorted(rungs))
