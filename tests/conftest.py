@@ -110,11 +110,12 @@ def make_tiny_checkpoint(
     hidden_size: int = 64,
     num_layers: int = 4,
     rungs: str = "mux:2,mux:4,mux:8",
+    family: str = "llama",
     **revmux: Any,
 ) -> Path:
     """A random 4-layer backbone with random adapters for some rungs, all in float32."""
     backbone = root / "backbone"
-    save_backbone("llama", backbone, hidden_size=hidden_size, num_layers=num_layers)
+    save_backbone(family, backbone, hidden_size=hidden_size, num_layers=num_layers)
     options: dict[str, Any] = {"prefill_layers": 1, "adapter_hidden_size": 48}
     ladder = AdapterLadder(
         RevMuxConfig(parse_rungs(rungs.split(",")), **options | revmux), hidden_size
@@ -208,15 +209,16 @@ class RecordingEngine:
             patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
             self.llm = LLM(model=str(model), **options)
         self.plans: list[Any] = []
-        scheduler = self.llm.llm_engine.engine_core.engine_core.scheduler  # type: ignore[attr-defined]
-        schedule = scheduler.schedule
+        core: Any = self.llm.llm_engine.engine_core
+        self.scheduler = core.engine_core.scheduler
+        schedule = self.scheduler.schedule
 
         def recording(*args: Any, **kwargs: Any) -> Any:
             output = schedule(*args, **kwargs)
             self.plans.append(getattr(output, "mux_plan", None))
             return output
 
-        scheduler.schedule = recording
+        self.scheduler.schedule = recording
 
     def classify(
         self, prompts: list[list[int]], **options: Any

@@ -23,6 +23,7 @@ from vllm.v1.attention.backend import (
     CommonAttentionMetadata,
     subclass_attention_backend,
 )
+from vllm.v1.kv_cache_interface import EncoderOnlyAttentionSpec
 
 from revmux_vllm.engine.layout import MuxLayout, make_layout
 from revmux_vllm.engine.worker import current_step
@@ -83,6 +84,7 @@ def composite_attention_backend(underlying: type[AttentionBackend]) -> type[Atte
                 step.groups(),
                 common_attn_metadata.query_start_loc_cpu.numpy(),
                 common_attn_metadata.query_start_loc.device,
+                keep_first=isinstance(self.kv_cache_spec, EncoderOnlyAttentionSpec),
             )
             composites = composite_metadata(common_attn_metadata, layout)
             metadata = super().build(common_prefix_len, composites, fast_build)

@@ -16,6 +16,7 @@ from vllm.utils.math_utils import cdiv
 
 from revmux_vllm import checkpoint
 from revmux_vllm.engine.bundled_names import native_dtype
+from revmux_vllm.engine.plugin import ENCODERS
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -51,7 +52,8 @@ class RevMuxModelConfig(VerifyAndUpdateConfig):
         from vllm.config import CUDAGraphMode
 
         vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
-        _size_kv_cache(vllm_config)
+        if vllm_config.model_config.architecture not in ENCODERS:
+            _size_kv_cache(vllm_config)
         if vllm_config.model_config.dtype.itemsize == 2 and native_dtype() == "float32":
             logger.warning(
                 "RevMUX: this CPU has no bfloat16 instructions and emulates %s, several times "

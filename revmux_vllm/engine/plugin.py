@@ -6,11 +6,13 @@ which vLLM calls only for our architectures.
 """
 
 SUPPORTED_VLLM = "0.32"
+FAMILIES = {"decoder": ("Llama", "Mistral", "Qwen2", "Qwen3"), "encoder": ("Bert",)}
 MODELS = {
-    "RevMuxLlamaForSequenceClassification": (
-        "revmux_vllm.engine.models.llama:RevMuxLlamaForSequenceClassification"
-    ),
+    name: f"revmux_vllm.engine.models.{module}:{name}"
+    for module, families in FAMILIES.items()
+    for name in (f"RevMux{family}ForSequenceClassification" for family in families)
 }
+ENCODERS = tuple(name for name, path in MODELS.items() if ".encoder:" in path)  # no KV cache
 
 
 def register() -> None:

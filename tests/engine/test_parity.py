@@ -13,8 +13,9 @@ from conftest import RecordingEngine, make_tiny_checkpoint, random_prompts
 
 from revmux_vllm import checkpoint
 from revmux_vllm.backbones import load_backbone
+from revmux_vllm.engine.policy import Policy
 from revmux_vllm.reference import classify
-from revmux_vllm.rungs import Rung
+from revmux_vllm.rungs import Rung, parse_rungs
 
 BATCHES = [(0, 1), (1, 5), (2, 64), (3, 31), (4, 64), (5, 2)]  # seed, requests
 FLOAT32_TOLERANCE = 1e-4
@@ -31,33 +32,59 @@ def reference_of(folder: Path) -> Reference:
     return lambda *prompts_and_plan: classify(backbone, ladder, *prompts_and_plan).softmax(-1)
 
 
-@pytest.fixture(scope="module")
-def reference(tiny_checkpoint: Path) -> Reference:
-    return reference_of(tiny_checkpoint)
-
-
-def check(
-    engine: RecordingEngine, reference: Reference, rungs: str = "alone,mux:2,mux:4,mux:8"
-) -> None:
+def check(engine: RecordingEngine, reference: Reference, kind: str) -> None:
+    """Engine and reference agree where the rungs ``kind`` and the backbone alone may run."""
     seen: set[str] = set()
+    engine.scheduler.policy = Policy(parse_rungs(kind.split(",")))
     for seed, count in BATCHES:
         prompts = random_prompts(seed, count)
-        probs, groups, ran = engine.classify(prompts)
-        seen |= set(map(str, ran))
+        probs, groups, rungs = engine.classify(prompts)
+        seen |= set(map(str, rungs))
         assert sorted(i for group in groups for i in group) == list(range(count))
-        difference = (probs - reference(prompts, groups, ran)).abs().max().item()
+        difference = (probs - reference(prompts, groups, rungs)).abs().max().item()
         assert difference <= FLOAT32_TOLERANCE, (seed, count, groups)
-    assert seen == set(rungs.split(",")), "the batches no longer cover every rung"
+    assert seen == {"alone", *kind.split(",")}, "the batches no longer cover every rung"
+
+
+MUX, MERGE = "mux:2,mux:4,mux:8", "merge:2"
+BOTH = "merge:3,merge:3+mux:2,merge:3+mux:4"  # a step of three requests merges without a partner
+
+
+@pytest.fixture(scope="module", params=["llama", "mistral", "qwen2", "qwen3", "bert"])
+def family_checkpoint(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    root = tmp_path_factory.mktemp(request.param)
+    return make_tiny_checkpoint(root, family=request.param, rungs=f"{MUX},{MERGE},{BOTH}")
 
 
 @pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
 def test_float32(
-    eager: bool,
-    tiny_checkpoint: Path,
-    make_engine: Callable[..., RecordingEngine],
-    reference: Reference,
+    eager: bool, family_checkpoint: Path, make_engine: Callable[..., RecordingEngine]
 ) -> None:
-    check(make_engine(tiny_checkpoint, enforce_eager=eager), reference)
+    engine = make_engine(family_checkpoint, enforce_eager=eager)
+    reference = reference_of(family_checkpoint)
+    for kind in (MUX, MERGE, BOTH):
+        check(engine, reference, kind)
+
+
+def test_width_one_is_the_stock_model(
+    family_checkpoint: Path, make_engine: Callable[..., RecordingEngine]
+) -> None:
+    """Same weights in vLLM's own classifier, same batches."""
+    ours = make_engine(family_checkpoint, additional_config={"revmux": {"rungs": []}})
+    stock = make_engine(family_checkpoint.parent / "backbone", enable_prefix_caching=False)
+    for seed, count in BATCHES:
+        prompts = random_prompts(seed, count)
+        probs, _, rungs = ours.classify(prompts)
+        assert set(rungs) == {Rung()}
+        expected, *_ = stock.classify(prompts)
+        torch.testing.assert_close(probs, expected, rtol=0, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_checkpoint: Path) -> Reference:
+    return reference_of(tiny_checkpoint)
 
 
 @pytest.mark.parametrize("adapter_type", ["ora", "vanilla"])
@@ -65,24 +92,11 @@ def test_the_papers_other_adapters(
     adapter_type: str, tmp_path: Path, make_engine: Callable[..., RecordingEngine]
 ) -> None:
     folder = make_tiny_checkpoint(tmp_path, adapter_type=adapter_type, skip=False)
-    check(make_engine(folder), reference_of(folder))
-
-
-MERGING = "merge:2,merge:3,merge:3+mux:2,merge:3+mux:4"
-
-
-@pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
-def test_merged_tokens(
-    eager: bool, tmp_path: Path, make_engine: Callable[..., RecordingEngine]
-) -> None:
-    """Alone and inside composites; a step of two or three requests merges without a partner."""
-    folder = make_tiny_checkpoint(tmp_path, rungs=MERGING)
-    engine = make_engine(folder, enforce_eager=eager)
-    check(engine, reference_of(folder), f"alone,{MERGING}")
+    check(make_engine(folder), reference_of(folder), MUX)
 
 
 def test_merging_changes_answers(tmp_path: Path) -> None:
-    reference = reference_of(make_tiny_checkpoint(tmp_path, rungs=MERGING))
+    reference = reference_of(make_tiny_checkpoint(tmp_path, rungs="merge:2,merge:3"))
     prompts = [prompt for prompt in random_prompts(7, 16) if len(prompt) > 3]
     alone = [(i,) for i in range(len(prompts))]
     a, b, c = (reference(prompts, alone, [Rung(n)] * len(prompts)) for n in (1, 2, 3))
@@ -110,20 +124,6 @@ def test_bfloat16(
         probs, groups, rungs = engine.classify(prompts)
         difference = (probs - reference(prompts, groups, rungs)).abs()
         assert difference.max().item() <= BFLOAT16_TOLERANCE, (seed, count)
-
-
-def test_width_one_is_the_stock_model(
-    tiny_checkpoint: Path, make_engine: Callable[..., RecordingEngine]
-) -> None:
-    """Same weights in vLLM's own LlamaForSequenceClassification, same batches."""
-    ours = make_engine(tiny_checkpoint, additional_config={"revmux": {"max_width": 1}})
-    stock = make_engine(tiny_checkpoint.parent / "backbone", enable_prefix_caching=False)
-    for seed, count in BATCHES:
-        prompts = random_prompts(seed, count)
-        probs, _, rungs = ours.classify(prompts)
-        assert set(rungs) == {Rung()}
-        expected, *_ = stock.classify(prompts)
-        torch.testing.assert_close(probs, expected, rtol=0, atol=1e-6)
 
 
 def test_tenants_never_share_a_composite(

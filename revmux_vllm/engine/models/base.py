@@ -1,0 +1,148 @@
+"""A classifier whose upper layers run on composites: what all families share.
+
+A family brings two compiled trunks of vLLM's own layers, since lower and upper layers see different
+numbers of rows (models/gemma3n.py does the same), and its head. What lies between and after the
+trunks is plain PyTorch over the indices of the step's ``MuxLayout``.
+"""
+
+from collections.abc import Iterable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.pooler import DispatchPooler
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+from vllm.model_executor.models.interfaces import SupportsQuant
+from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
+
+from revmux_vllm import checkpoint
+from revmux_vllm.adapters import AdapterLadder
+from revmux_vllm.config import RevMuxConfig
+from revmux_vllm.engine.attention import composite_attention_backend, enter_upper_layers
+from revmux_vllm.engine.layout import MuxLayout
+
+
+class RevMuxForSequenceClassification(nn.Module, SupportsQuant):
+    """Backbone, adapters and vLLM's own pooler with the backbone's head.
+
+    Attributes:
+        attention_name: of the attention inside a layer.
+        weights_mapper: vLLM's own for the backbone's layers.
+        lower: token ids and positions to hidden states; has ``embed_input_ids``.
+        upper: rows and positions to final states; has ``layers``.
+        pooler: vLLM's.
+    """
+
+    is_pooling_model: ClassVar[bool] = True
+    # A composite must run whole, as an encoder's sequence must; see engine/model_config.py.
+    attn_type: ClassVar[str] = "encoder_only"
+    attention_name: ClassVar[str]
+    weights_mapper: ClassVar[WeightsMapper]
+    lower: Any
+    upper: Any
+    pooler: DispatchPooler
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        model_config = vllm_config.model_config
+        hf_config = model_config.hf_config
+        self.revmux = RevMuxConfig.from_dict(hf_config.revmux)
+        self.build(vllm_config, self.revmux.prefill_layers)
+        self.upper_layer_names: list[str] = []
+        for layer in self.upper.layers.values():
+            attention: Any = layer.get_submodule(self.attention_name)
+            attention.attn_backend = composite_attention_backend(attention.attn_backend)
+            self.upper_layer_names.append(attention.layer_name)
+        device = torch.empty(0).device
+        with torch.device("meta"):
+            adapters = AdapterLadder(self.revmux, hf_config.hidden_size)
+        self.adapters = adapters.to_empty(device=device)
+        self.secondary_weights: list[DefaultModelLoader.Source] = []
+        if self.revmux.backbone is not None:
+            self.secondary_weights.append(
+                DefaultModelLoader.Source(
+                    checkpoint.backbone_folder(model_config.model), revision=None
+                )
+            )
+
+    def build(self, vllm_config: VllmConfig, prefill_layers: int) -> None:
+        """Set ``lower``, ``upper`` and ``pooler``."""
+        raise NotImplementedError
+
+    def own_name(self, name: str) -> str:
+        """Name in the backbone's checkpoint to name here."""
+        raise NotImplementedError
+
+    def trunk_of(self, layer: int) -> str:
+        """Which trunk has a backbone layer."""
+        return "lower" if layer < self.revmux.prefill_layers else "upper"
+
+    def embed_input_ids(self, input_ids: Tensor) -> Tensor:
+        """Token ids (num_tokens,) to embeddings (num_tokens, D)."""
+        embedded: Tensor = self.lower.embed_input_ids(input_ids)
+        return embedded
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        intermediate_tensors: None = None,
+        inputs_embeds: None = None,
+    ) -> Tensor:
+        """Hidden states (num_tokens, D); of a composite's member only the pooled row is set."""
+        hidden: Tensor = self.lower(input_ids, positions)
+        layout = enter_upper_layers(self.upper_layer_names)
+        if layout is None:
+            final: Tensor = self.upper(hidden, positions)
+            return final
+        out = self.upper(self.multiplex(hidden, layout), layout.positions)
+        return self.demultiplex(out, hidden, layout)
+
+    def multiplex(self, hidden: Tensor, layout: MuxLayout) -> Tensor:
+        """Token rows (num_tokens, D) to upper rows (U, D)."""
+        parts = [hidden[layout.alone]]
+        padded = torch.cat([hidden, hidden.new_zeros(1, hidden.shape[-1])])
+        for part in layout.rungs:
+            adapter = self.adapters[part.rung]
+            source = padded
+            if adapter.merger is not None:
+                source = adapter.merger(padded[part.tokens], part.merged)
+            if adapter.mux is None:
+                parts.append(source)
+                continue
+            if adapter.merger is not None:
+                source = torch.cat([source, padded[-1:]])
+            parts.append(adapter.mux.multiplex(source[part.rows], part.present))
+        return torch.cat(parts)
+
+    def demultiplex(self, out: Tensor, hidden: Tensor, layout: MuxLayout) -> Tensor:
+        """Upper rows (U, D) back to token rows (num_tokens, D), each at its owner's place."""
+        result = torch.zeros_like(hidden)
+        result[layout.alone] = out[: len(layout.alone)]
+        if not layout.rungs:
+            return result
+        lengths = layout.sequence_lengths
+        # Summed in float32 as the reference does; in half precision the order would show.
+        total = torch.zeros(len(lengths), hidden.shape[-1], device=hidden.device)
+        total.index_add_(0, layout.sequence_of_token, hidden.float())
+        mean = (total / lengths[:, None]).to(hidden.dtype)
+        skip = torch.stack([hidden[layout.pooled_token], mean], dim=1)  # (B, 2, D)
+        for part in layout.rungs:
+            adapter = self.adapters[part.rung]
+            vectors = adapter.read(out[part.read_at], part.stream, skip[part.sequence])
+            result[layout.pooled_token[part.sequence]] = vectors
+        return result
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Backbone and adapters from one stream; the names decide which is which."""
+        named = (
+            (
+                "adapters." + name.removeprefix(checkpoint.KEY_PREFIX)
+                if name.startswith(checkpoint.KEY_PREFIX)
+                else self.own_name(name),
+                weight,
+            )
+            for name, weight in weights
+        )
+        return AutoWeightsLoader(self).load_weights(named, mapper=self.weights_mapper)

@@ -1,0 +1,138 @@
+"""LLaMA and the relatives that share its module shape in vLLM: one class, a row for each."""
+
+import inspect
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+from vllm.compilation.backends import set_model_tag
+from vllm.compilation.decorators import support_torch_compile
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.linear import ReplicatedLinear
+from vllm.model_executor.layers.pooler import DispatchPooler
+from vllm.model_executor.layers.pooler.seqwise import pooler_for_classify
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaModel
+from vllm.model_executor.models.mistral import MistralDecoderLayer
+from vllm.model_executor.models.qwen2 import Qwen2DecoderLayer
+from vllm.model_executor.models.qwen3 import Qwen3DecoderLayer
+
+from revmux_vllm.engine.models.base import RevMuxForSequenceClassification
+
+
+@support_torch_compile
+class LowerTrunk(nn.Module):
+    """Embedding and prefill layers: one row per token of the batch."""
+
+    def __init__(
+        self, *, vllm_config: VllmConfig, layer_class: type[nn.Module], num_layers: int
+    ) -> None:
+        super().__init__()
+        config = vllm_config.model_config.hf_config
+        self.embed_tokens = VocabParallelEmbedding(
+            config.vocab_size, config.hidden_size, quant_config=vllm_config.quant_config
+        )
+        self.layers = _layers(vllm_config, layer_class, range(num_layers))
+
+    def embed_input_ids(self, input_ids: Tensor) -> Tensor:
+        return self.embed_tokens(input_ids)
+
+    def forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
+        hidden, residual = self.embed_tokens(input_ids), None
+        for layer in self.layers.values():
+            hidden, residual = layer(positions, hidden, residual)
+        return hidden + residual
+
+
+@support_torch_compile
+class UpperTrunk(nn.Module):
+    """The remaining layers and the final norm: one row per upper row."""
+
+    def __init__(
+        self, *, vllm_config: VllmConfig, layer_class: type[nn.Module], first_layer: int
+    ) -> None:
+        super().__init__()
+        config = vllm_config.model_config.hf_config
+        indices = range(first_layer, config.num_hidden_layers)
+        self.layers = _layers(vllm_config, layer_class, indices)
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(self, hidden: Tensor, positions: Tensor) -> Tensor:
+        residual = None
+        for layer in self.layers.values():
+            hidden, residual = layer(positions, hidden, residual)
+        return self.norm(hidden, residual)[0]
+
+
+def _layers(vllm_config: VllmConfig, layer_class: type[nn.Module], indices: range) -> nn.ModuleDict:
+    """Decoder layers under the names that the backbone's checkpoint gives them."""
+    options: dict[str, Any] = {"vllm_config": vllm_config}
+    if "vllm_config" not in inspect.signature(layer_class).parameters:
+        options = {
+            "config": vllm_config.model_config.hf_config,
+            "cache_config": vllm_config.cache_config,
+            "quant_config": vllm_config.quant_config,
+        }
+    return nn.ModuleDict(
+        {str(i): layer_class(**options, prefix=f"model.layers.{i}") for i in indices}
+    )
+
+
+class RevMuxDecoderForSequenceClassification(RevMuxForSequenceClassification):
+    """Read at the last token by the backbone's ``score``."""
+
+    packed_modules_mapping: ClassVar[dict[str, list[str]]] = {
+        "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+        "gate_up_proj": ["gate_proj", "up_proj"],
+    }
+    attention_name = "self_attn.attn"
+    weights_mapper = LlamaModel.hf_to_vllm_mapper
+
+    layer_class: ClassVar[type[nn.Module]]
+
+    def build(self, vllm_config: VllmConfig, prefill_layers: int) -> None:
+        layer_class, hf_config = self.layer_class, vllm_config.model_config.hf_config
+        with set_model_tag("revmux_lower"):
+            self.lower = LowerTrunk(
+                vllm_config=vllm_config, layer_class=layer_class, num_layers=prefill_layers
+            )
+        with set_model_tag("revmux_upper"):
+            self.upper = UpperTrunk(
+                vllm_config=vllm_config, layer_class=layer_class, first_layer=prefill_layers
+            )
+        self.score = ReplicatedLinear(
+            hf_config.hidden_size,
+            hf_config.num_labels,
+            bias=False,
+            params_dtype=vllm_config.model_config.head_dtype,
+            return_bias=False,
+            prefix="score",
+        )
+        pooler_config = vllm_config.model_config.pooler_config
+        assert pooler_config is not None
+        self.pooler = DispatchPooler(
+            {"classify": pooler_for_classify(pooler_config, classifier=self.score)}
+        )
+
+    def own_name(self, name: str) -> str:
+        if name.startswith("model.layers."):
+            return name.replace("model", self.trunk_of(int(name.split(".")[2])), 1)
+        return name.replace("model.embed_tokens", "lower.embed_tokens").replace(
+            "model.norm", "upper.norm"
+        )
+
+
+class RevMuxLlamaForSequenceClassification(RevMuxDecoderForSequenceClassification):
+    layer_class = LlamaDecoderLayer
+
+
+class RevMuxMistralForSequenceClassification(RevMuxDecoderForSequenceClassification):
+    layer_class = MistralDecoderLayer
+
+
+class RevMuxQwen2ForSequenceClassification(RevMuxDecoderForSequenceClassification):
+    layer_class = Qwen2DecoderLayer
+
+
+class RevMuxQwen3ForSequenceClassification(RevMuxDecoderForSequenceClassification):
+    layer_class = Qwen3DecoderLayer

@@ -1,0 +1,119 @@
+"""BERT: attention both ways and no cache, read at ``[CLS]`` through the backbone's own pooler."""
+
+from typing import ClassVar
+
+from torch import Tensor, nn
+from vllm.compilation.backends import set_model_tag
+from vllm.compilation.decorators import support_torch_compile
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.pooler import DispatchPooler
+from vllm.model_executor.models.bert import (
+    TOKEN_TYPE_SHIFT,
+    BertEmbedding,
+    BertLayer,
+    BertPooler,
+    BertPoolingModel,
+    _encode_token_type_ids,
+)
+
+from revmux_vllm.engine.models.base import RevMuxForSequenceClassification
+
+
+@support_torch_compile
+class LowerTrunk(nn.Module):
+    """Embeddings and prefill layers: one row per token of the batch."""
+
+    def __init__(self, *, vllm_config: VllmConfig, num_layers: int) -> None:
+        super().__init__()
+        self.embeddings = BertEmbedding(vllm_config.model_config.hf_config)
+        self.layers = _layers(vllm_config, range(num_layers))
+
+    def embed_input_ids(self, input_ids: Tensor) -> Tensor:
+        return self.embeddings.word_embeddings(input_ids)
+
+    def forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
+        hidden = self.embeddings(input_ids=input_ids, position_ids=positions)
+        for layer in self.layers.values():
+            hidden = layer(hidden)
+        return hidden
+
+
+@support_torch_compile
+class UpperTrunk(nn.Module):
+    """The remaining layers: one row per upper row. Positions are in the rows already."""
+
+    def __init__(self, *, vllm_config: VllmConfig, first_layer: int) -> None:
+        super().__init__()
+        last = vllm_config.model_config.hf_config.num_hidden_layers
+        self.layers = _layers(vllm_config, range(first_layer, last))
+
+    def forward(self, hidden: Tensor, positions: Tensor) -> Tensor:
+        for layer in self.layers.values():
+            hidden = layer(hidden)
+        return hidden
+
+
+def _layers(vllm_config: VllmConfig, indices: range) -> nn.ModuleDict:
+    """Encoder layers under the names that the backbone's checkpoint gives them."""
+    return nn.ModuleDict(
+        {
+            str(i): BertLayer(
+                config=vllm_config.model_config.hf_config,
+                cache_config=vllm_config.cache_config,
+                quant_config=vllm_config.quant_config,
+                prefix=f"bert.encoder.layer.{i}",
+            )
+            for i in indices
+        }
+    )
+
+
+class RevMuxBertForSequenceClassification(RevMuxForSequenceClassification):
+    """Read at the first token."""
+
+    packed_modules_mapping: ClassVar[dict[str, list[str]]] = {"qkv_proj": ["query", "key", "value"]}
+    default_seq_pooling_type: ClassVar[str] = "CLS"
+    attention_name = "attention.self.attn"
+    weights_mapper = BertPoolingModel.hf_to_vllm_mapper
+
+    def build(self, vllm_config: VllmConfig, prefill_layers: int) -> None:
+        model_config = vllm_config.model_config
+        with set_model_tag("revmux_lower"):
+            self.lower = LowerTrunk(vllm_config=vllm_config, num_layers=prefill_layers)
+        with set_model_tag("revmux_upper"):
+            self.upper = UpperTrunk(vllm_config=vllm_config, first_layer=prefill_layers)
+        self.first_token = BertPooler(model_config)
+        self.classifier = nn.Linear(
+            model_config.hf_config.hidden_size,
+            model_config.hf_config.num_labels,
+            dtype=model_config.head_dtype,
+        )
+        pooler_config = model_config.pooler_config
+        assert pooler_config is not None
+        self.pooler = DispatchPooler.for_seq_cls(
+            pooler_config, pooling=self.first_token, classifier=self.classifier
+        )
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        intermediate_tensors: None = None,
+        inputs_embeds: None = None,
+        token_type_ids: Tensor | None = None,
+    ) -> Tensor:
+        """Hidden states (num_tokens, D); of a composite's member only the pooled row is set."""
+        if (
+            token_type_ids is not None
+        ):  # of pairs; they ride in a high bit, as vLLM's own BERT has it
+            assert self.lower.embeddings.word_embeddings.num_embeddings < (1 << TOKEN_TYPE_SHIFT)
+            _encode_token_type_ids(input_ids, token_type_ids)
+        return super().forward(input_ids, positions)
+
+    def own_name(self, name: str) -> str:
+        if name.startswith("bert.encoder.layer."):
+            _, _, _, layer, rest = name.split(".", 4)
+            return f"{self.trunk_of(int(layer))}.layers.{layer}.{rest}"
+        return name.replace("bert.embeddings", "lower.embeddings").replace(
+            "bert.pooler", "first_token"
+        )
