@@ -167,7 +167,8 @@ def train(tmp_path: Path) -> Train:
             write_rows(tmp_path / "train.tsv", 160, 0)
         return revmux(
             f"train --backbone {backbone} --train {tmp_path / 'train.tsv'} "
-            f"--output {tmp_path / 'out'} --widths 2,4 --prefill-layers 1 --epochs 1 --augment 0 "
+            f"--output {tmp_path / 'out'} --prefill-layers 1 --epochs 1 --augment 0 "
+            "--rungs mux:2,mux:4,merge:2,merge:2+mux:2 "
             f"--batch-size 16 --adapter-hidden-size 24 {more}"
         )
 

@@ -12,13 +12,21 @@ from conftest import Train, save_backbone, write_rows
 from safetensors.torch import load, load_file
 
 from revmux_vllm import checkpoint
+from revmux_vllm.cli import DEFAULT_RUNGS, _rungs
+from revmux_vllm.rungs import parse_rungs
 from revmux_vllm.training import trainer
 from revmux_vllm.training.exits import EXIT_FILE, exit_layers
 
 WB = ("weight", "bias")
+MERGED = ("merger", "refiner")
 UP = {f"up.{i}.{p}" for i in (0, 2, 4) for p in WB}
 MIXED = {"norm.weight", "down", "scale"} | {
     f"coupling.functions.{i}.{j}.{p}" for i in range(4) for j in (0, 2) for p in WB
+}
+MERGE_KEYS = {"merger.norm.weight", "refiner.norm.weight", "refiner.skip_norm.weight"} | {
+    f"{part}.{p}"
+    for part in ("merger.score", *(f"{m}.correction.{i}" for m in MERGED for i in (0, 2)))
+    for p in WB
 }
 KEYS = {
     "revmux": MIXED | UP,
@@ -40,6 +48,7 @@ def test_the_folder_is_a_checkpoint(trained: Path) -> None:
     tensors = load_file(trained / checkpoint.ADAPTER_FILE)
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
     assert keys_of_width_4(trained) == KEYS["revmux"] | {"skip_norm.weight"}
+    assert {k.removeprefix("revmux.merge:2.") for k in tensors if "merge:2." in k} == MERGE_KEYS
     card = (trained / "README.md").read_text()
     assert "early exit after layer 1" in card
     assert checkpoint.read_report(trained)["rungs"].keys() == {"mux:2", "mux:4", "merge:2"}
@@ -158,9 +167,9 @@ def test_a_stopped_training_resumes(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("--widths 2,5", "5 does not divide"),
-        ("--widths two", "--widths two: rung 'mux:two': expected mux:N, merge:N or merge:N+mux:N"),
-        ("--rungs merge:2", "--rungs and --widths: give one of them"),
+        ("--rungs mux:2,mux:5", "5 does not divide"),
+        ("--rungs mux:two", "--rungs: rung 'mux:two': expected mux:N, merge:N or merge:N+mux:N"),
+        ("--widths 2", "--rungs and --widths: give one of them"),
         ("--prefill-layers 4", "fewer than the backbone's 4 layers"),
         ("--batch-size 3", "expected at least the widest width 4"),
         ("--batch-size 500", "together at most the 144 training rows"),
@@ -171,7 +180,7 @@ def test_a_stopped_training_resumes(
         ("--adapter-type best", "expected one of revmux, ora, vanilla"),
         ("--recipe secret", "expected default or paper"),
         ("--hold-out 1", "0 to below 1"),
-        ("--widths 2,32", "16 rows a process, fewer than the widest width 32"),
+        ("--rungs mux:32", "16 rows a process, fewer than the widest width 32"),
         ("--epochs 0 --gradient-accumulation 0", "--gradient-accumulation 0: expected at least 1"),
         ("--max-tokens 600", "the backbone takes 520 at most"),
         ("--text-columns a,b,c", "expected one, or two for pairs"),
@@ -206,6 +215,13 @@ def test_two_processes_share_a_training(train: Train, tmp_path: Path) -> None:
     checkpoint.validate(tmp_path / "out")
     log = (tmp_path / "out" / "training-log.jsonl").read_text().splitlines()
     assert json.loads(log[-1])["step"] == 144 // (2 * 16)  # each rank takes half of the rows
+
+
+def test_widths_are_short_for_rungs() -> None:
+    assert _rungs(None, "4,2") == parse_rungs(["mux:2", "mux:4"])
+    assert _rungs(None, None) == parse_rungs(DEFAULT_RUNGS.split(","))
+    with pytest.raises(ValueError, match="--widths two: rung 'mux:two': expected mux:N"):
+        _rungs(None, "two")
 
 
 def test_exits_stand_at_the_cut_and_at_most_five_elsewhere() -> None:
