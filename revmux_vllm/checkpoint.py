@@ -40,9 +40,9 @@ DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 BACKBONE_FILES = ("model*.safetensors", "model.safetensors.index.json")
 
 
-def is_served(model_type: str, config: RevMuxConfig) -> bool:
+def is_served(model_type: str) -> bool:
     """Whether our engine serves such a checkpoint yet."""
-    return ARCHITECTURES.get(model_type) in MODELS and not config.label_words
+    return ARCHITECTURES.get(model_type) in MODELS
 
 
 def read_config(folder: str | Path) -> tuple[RevMuxConfig, dict[str, Any]]:
@@ -214,6 +214,7 @@ def save(
     config = replace(ladder.config, backbone=named)
     config.check_backbone(*backbone_shape(values))
     values["architectures"] = [architecture]
+    values["is_encoder_decoder"] = False  # vLLM would look for a cross-attention cache
     values["revmux"] = config.to_dict()
     if config.label_words:
         names = [word.strip() for word in config.label_words]

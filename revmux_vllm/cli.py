@@ -310,8 +310,8 @@ def _rungs(rungs: str | None, widths: str | None) -> tuple[Rung, ...]:
 def _next_step(output: Path) -> str:
     from revmux_vllm import checkpoint
 
-    config, values = checkpoint.read_config(output)
-    if checkpoint.is_served(values["model_type"], config):
+    _, values = checkpoint.read_config(output)
+    if checkpoint.is_served(values["model_type"]):
         return f"serve it with: vllm serve {output}"
     return f"measure it with: revmux eval {output} --eval ROWS (no engine serves this family yet)"
 

@@ -67,7 +67,7 @@ def save_backbone(
 ) -> None:
     """A random backbone of some family in float32, and the word tokenizer beside it."""
     torch.manual_seed(0)
-    name = {"t5-v1.1": "t5"}.get(family, family)
+    name = {"t5-v1.1": "t5", "llama-tied": "llama"}.get(family, family)
     sizes: dict[str, Any] = {
         "vocab_size": VOCAB_SIZE,
         "hidden_size": hidden_size,
@@ -93,6 +93,8 @@ def save_backbone(
         }
         if family == "t5-v1.1":
             sizes |= {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
+    if family == "llama-tied":
+        sizes["tie_word_embeddings"] = True
     config = AutoConfig.for_model(name, **sizes, pad_token_id=0, num_labels=num_labels)
     kind: Any = AutoModelForSequenceClassification
     if name == "t5":
@@ -111,11 +113,12 @@ def make_tiny_checkpoint(
     num_layers: int = 4,
     rungs: str = "mux:2,mux:4,mux:8",
     family: str = "llama",
+    language_model: bool = False,
     **revmux: Any,
 ) -> Path:
     """A random 4-layer backbone with random adapters for some rungs, all in float32."""
     backbone = root / "backbone"
-    save_backbone(family, backbone, hidden_size=hidden_size, num_layers=num_layers)
+    save_backbone(family, backbone, language_model, hidden_size=hidden_size, num_layers=num_layers)
     options: dict[str, Any] = {"prefill_layers": 1, "adapter_hidden_size": 48}
     ladder = AdapterLadder(
         RevMuxConfig(parse_rungs(rungs.split(",")), **options | revmux), hidden_size

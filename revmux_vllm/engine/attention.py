@@ -23,7 +23,6 @@ from vllm.v1.attention.backend import (
     CommonAttentionMetadata,
     subclass_attention_backend,
 )
-from vllm.v1.kv_cache_interface import EncoderOnlyAttentionSpec
 
 from revmux_vllm.engine.layout import MuxLayout, make_layout
 from revmux_vllm.engine.worker import current_step
@@ -56,8 +55,13 @@ def composite_metadata(
 
 
 @functools.lru_cache
-def composite_attention_backend(underlying: type[AttentionBackend]) -> type[AttentionBackend]:
-    """``underlying`` for upper layers: its metadata carries ``mux_layout``."""
+def composite_attention_backend(
+    underlying: type[AttentionBackend], pools_first: bool
+) -> type[AttentionBackend]:
+    """``underlying`` for upper layers: its metadata carries ``mux_layout``.
+
+    ``pools_first``: the pooled token is a sequence's first one; see ``make_layout``.
+    """
     base: Any = underlying.get_builder_cls()
     assert issubclass(base, AttentionMetadataBuilder)
 
@@ -84,7 +88,7 @@ def composite_attention_backend(underlying: type[AttentionBackend]) -> type[Atte
                 step.groups(),
                 common_attn_metadata.query_start_loc_cpu.numpy(),
                 common_attn_metadata.query_start_loc.device,
-                keep_first=isinstance(self.kv_cache_spec, EncoderOnlyAttentionSpec),
+                keep_first=pools_first,
             )
             composites = composite_metadata(common_attn_metadata, layout)
             metadata = super().build(common_prefix_len, composites, fast_build)

@@ -37,12 +37,7 @@ class RevMuxModelConfig(VerifyAndUpdateConfig):
         """
         _refuse_impossible_options(vllm_config)
         if vllm_config.load_config.load_format != "dummy":
-            config = checkpoint.validate(vllm_config.model_config.model)
-            if config.label_words:
-                raise ValueError(
-                    "RevMUX: this checkpoint answers with label words, which no engine scores "
-                    "yet; `revmux eval` measures it"
-                )
+            checkpoint.validate(vllm_config.model_config.model)
         # One seam is kept for the V1 model runner; V2 orders requests by itself.
         os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
         vllm_config.scheduler_config.scheduler_cls = "revmux_vllm.engine.scheduler.RevMuxScheduler"

@@ -6,13 +6,13 @@ which vLLM calls only for our architectures.
 """
 
 SUPPORTED_VLLM = "0.32"
-FAMILIES = {"decoder": ("Llama", "Mistral", "Qwen2", "Qwen3"), "encoder": ("Bert",)}
+FAMILIES = {"decoder": ("Llama", "Mistral", "Qwen2", "Qwen3"), "encoder": ("Bert",), "t5": ("T5",)}
 MODELS = {
     name: f"revmux_vllm.engine.models.{module}:{name}"
     for module, families in FAMILIES.items()
     for name in (f"RevMux{family}ForSequenceClassification" for family in families)
 }
-ENCODERS = tuple(name for name, path in MODELS.items() if ".encoder:" in path)  # no KV cache
+ENCODERS = tuple(name for name, path in MODELS.items() if ".decoder:" not in path)  # no KV cache
 
 
 def register() -> None:

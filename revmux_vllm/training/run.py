@@ -146,7 +146,7 @@ def train_checkpoint(
     dtype = DTYPES[store_dtype]
     for part in (ladder, exits):
         part.to(dtype).float()  # measured as stored
-    served = checkpoint.is_served(hf_config.model_type, config)
+    served = checkpoint.is_served(hf_config.model_type)
 
     def card(report: dict[str, Any]) -> str:
         return model_card(output.name, config, layers, report, served)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import RecordingEngine, make_tiny_checkpoint, random_prompts
+from safetensors.torch import load_file
 
 from revmux_vllm import checkpoint
 from revmux_vllm.backbones import load_backbone
@@ -28,7 +29,8 @@ Reference = Callable[..., torch.Tensor]
 
 
 def reference_of(folder: Path) -> Reference:
-    backbone, ladder = load_backbone(folder, 1), checkpoint.load_adapters(folder)
+    ladder = checkpoint.load_adapters(folder)
+    backbone = load_backbone(folder, 1, ladder.config.label_words)
     return lambda *prompts_and_plan: classify(backbone, ladder, *prompts_and_plan).softmax(-1)
 
 
@@ -65,6 +67,25 @@ def test_float32(
 ) -> None:
     engine = make_engine(family_checkpoint, enforce_eager=eager)
     reference = reference_of(family_checkpoint)
+    for kind in (MUX, MERGE, BOTH, MIXED):
+        check(engine, reference, kind)
+
+
+@pytest.mark.parametrize("family", ["t5", "t5-v1.1", "llama", "llama-tied"])
+def test_label_words(
+    family: str, tmp_path: Path, make_engine: Callable[..., RecordingEngine]
+) -> None:
+    """A language model answers with words; T5 is transformers' own beside width 1."""
+    folder = make_tiny_checkpoint(
+        tmp_path,
+        family=family,
+        language_model=True,
+        rungs=f"{MUX},{MERGE},{BOTH}",
+        label_words=("w8", "w7", "w311"),
+    )
+    own_head = "lm_head.weight" in load_file(folder / "model.safetensors")
+    assert own_head is (family == "llama"), "both kinds of LM head are to be tested"
+    engine, reference = make_engine(folder), reference_of(folder)
     for kind in (MUX, MERGE, BOTH, MIXED):
         check(engine, reference, kind)
 

@@ -5,19 +5,23 @@ numbers of rows (models/gemma3n.py does the same), and its head. What lies betwe
 trunks is plain PyTorch over the indices of the step's ``MuxLayout``.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoTokenizer
 from vllm.config import VllmConfig
+from vllm.model_executor.layers.linear import ReplicatedLinear
 from vllm.model_executor.layers.pooler import DispatchPooler
+from vllm.model_executor.layers.pooler.seqwise import pooler_for_classify
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.models.interfaces import SupportsQuant
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
 
 from revmux_vllm import checkpoint
 from revmux_vllm.adapters import AdapterLadder
+from revmux_vllm.backbones import label_tokens
 from revmux_vllm.config import RevMuxConfig
 from revmux_vllm.engine.attention import composite_attention_backend, enter_upper_layers
 from revmux_vllm.engine.layout import MuxLayout
@@ -27,32 +31,42 @@ class RevMuxForSequenceClassification(nn.Module, SupportsQuant):
     """Backbone, adapters and vLLM's own pooler with the backbone's head.
 
     Attributes:
-        attention_name: of the attention inside a layer.
+        pools_first: the pooled token is a sequence's first one; else it is the last.
         weights_mapper: vLLM's own for the backbone's layers.
+        word_tokens: tokens of the label words, whose rows of the LM head are ``score``; or empty.
         lower: token ids and positions to hidden states; has ``embed_input_ids``.
-        upper: rows and positions to final states; has ``layers``.
+        upper: rows and positions to final states.
         pooler: vLLM's.
+        embeddings_name: of the token embeddings in the backbone's checkpoint; they are the LM head
+            where it has no weights of its own.
+        words_scale: see ``LabelWords``.
     """
 
     is_pooling_model: ClassVar[bool] = True
     # A composite must run whole, as an encoder's sequence must; see engine/model_config.py.
     attn_type: ClassVar[str] = "encoder_only"
-    attention_name: ClassVar[str]
+    pools_first: ClassVar[bool] = False
     weights_mapper: ClassVar[WeightsMapper]
     lower: Any
     upper: Any
     pooler: DispatchPooler
+    embeddings_name: ClassVar[str] = ""
+    words_scale = 1.0
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         model_config = vllm_config.model_config
         hf_config = model_config.hf_config
         self.revmux = RevMuxConfig.from_dict(hf_config.revmux)
-        self.build(vllm_config, self.revmux.prefill_layers)
+        self.word_tokens: list[int] = []
+        if self.revmux.label_words:
+            tokenizer = AutoTokenizer.from_pretrained(model_config.tokenizer)
+            self.word_tokens = label_tokens(tokenizer, self.revmux.label_words)
         self.upper_layer_names: list[str] = []
-        for layer in self.upper.layers.values():
-            attention: Any = layer.get_submodule(self.attention_name)
-            attention.attn_backend = composite_attention_backend(attention.attn_backend)
+        for attention in self.build(vllm_config, self.revmux.prefill_layers):
+            attention.attn_backend = composite_attention_backend(
+                attention.attn_backend, self.pools_first
+            )
             self.upper_layer_names.append(attention.layer_name)
         device = torch.empty(0).device
         with torch.device("meta"):
@@ -66,12 +80,29 @@ class RevMuxForSequenceClassification(nn.Module, SupportsQuant):
                 )
             )
 
-    def build(self, vllm_config: VllmConfig, prefill_layers: int) -> None:
-        """Set ``lower``, ``upper`` and ``pooler``."""
+    def build(self, vllm_config: VllmConfig, prefill_layers: int) -> list[Any]:
+        """Set ``lower``, ``upper`` and ``pooler``; return the attentions of the upper layers."""
         raise NotImplementedError
 
+    def build_score(self, vllm_config: VllmConfig) -> None:
+        """Set ``score``, a linear head without bias, and the ``pooler`` that reads it."""
+        model_config = vllm_config.model_config
+        self.score = ReplicatedLinear(
+            model_config.hf_config.hidden_size,
+            model_config.hf_config.num_labels,
+            bias=False,
+            params_dtype=model_config.head_dtype,
+            return_bias=False,
+            prefix="score",
+        )
+        pooler_config = model_config.pooler_config
+        assert pooler_config is not None
+        self.pooler = DispatchPooler(
+            {"classify": pooler_for_classify(pooler_config, classifier=self.score)}
+        )
+
     def own_name(self, name: str) -> str:
-        """Name in the backbone's checkpoint to name here."""
+        """Name in the backbone's checkpoint to name here; empty for what is not needed."""
         raise NotImplementedError
 
     def trunk_of(self, layer: int) -> str:
@@ -136,13 +167,20 @@ class RevMuxForSequenceClassification(nn.Module, SupportsQuant):
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Backbone and adapters from one stream; the names decide which is which."""
-        named = (
-            (
-                "adapters." + name.removeprefix(checkpoint.KEY_PREFIX)
-                if name.startswith(checkpoint.KEY_PREFIX)
-                else self.own_name(name),
-                weight,
-            )
-            for name, weight in weights
+        return AutoWeightsLoader(self).load_weights(
+            self._named(weights), mapper=self.weights_mapper
         )
-        return AutoWeightsLoader(self).load_weights(named, mapper=self.weights_mapper)
+
+    def _named(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        rows: dict[str, Tensor] = {}
+        for name, weight in weights:
+            if name.startswith(checkpoint.KEY_PREFIX):
+                yield "adapters." + name.removeprefix(checkpoint.KEY_PREFIX), weight
+                continue
+            if name in ("lm_head.weight", self.embeddings_name):
+                rows[name] = weight[self.word_tokens]
+            if own := self.own_name(name):
+                yield own, weight
+        if self.word_tokens:
+            words = rows.get("lm_head.weight", rows[self.embeddings_name])
+            yield "score.weight", words * self.words_scale

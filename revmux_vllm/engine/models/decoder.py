@@ -8,9 +8,6 @@ from vllm.compilation.backends import set_model_tag
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.layernorm import RMSNorm
-from vllm.model_executor.layers.linear import ReplicatedLinear
-from vllm.model_executor.layers.pooler import DispatchPooler
-from vllm.model_executor.layers.pooler.seqwise import pooler_for_classify
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaModel
 from vllm.model_executor.models.mistral import MistralDecoderLayer
@@ -79,19 +76,19 @@ def _layers(vllm_config: VllmConfig, layer_class: type[nn.Module], indices: rang
 
 
 class RevMuxDecoderForSequenceClassification(RevMuxForSequenceClassification):
-    """Read at the last token by the backbone's ``score``."""
+    """Read at the last token by the backbone's ``score``, or by label words."""
 
     packed_modules_mapping: ClassVar[dict[str, list[str]]] = {
         "qkv_proj": ["q_proj", "k_proj", "v_proj"],
         "gate_up_proj": ["gate_proj", "up_proj"],
     }
-    attention_name = "self_attn.attn"
     weights_mapper = LlamaModel.hf_to_vllm_mapper
 
+    embeddings_name = "model.embed_tokens.weight"
     layer_class: ClassVar[type[nn.Module]]
 
-    def build(self, vllm_config: VllmConfig, prefill_layers: int) -> None:
-        layer_class, hf_config = self.layer_class, vllm_config.model_config.hf_config
+    def build(self, vllm_config: VllmConfig, prefill_layers: int) -> list[Any]:
+        layer_class = self.layer_class
         with set_model_tag("revmux_lower"):
             self.lower = LowerTrunk(
                 vllm_config=vllm_config, layer_class=layer_class, num_layers=prefill_layers
@@ -100,21 +97,12 @@ class RevMuxDecoderForSequenceClassification(RevMuxForSequenceClassification):
             self.upper = UpperTrunk(
                 vllm_config=vllm_config, layer_class=layer_class, first_layer=prefill_layers
             )
-        self.score = ReplicatedLinear(
-            hf_config.hidden_size,
-            hf_config.num_labels,
-            bias=False,
-            params_dtype=vllm_config.model_config.head_dtype,
-            return_bias=False,
-            prefix="score",
-        )
-        pooler_config = vllm_config.model_config.pooler_config
-        assert pooler_config is not None
-        self.pooler = DispatchPooler(
-            {"classify": pooler_for_classify(pooler_config, classifier=self.score)}
-        )
+        self.build_score(vllm_config)
+        return [layer.get_submodule("self_attn.attn") for layer in self.upper.layers.values()]
 
     def own_name(self, name: str) -> str:
+        if name == "lm_head.weight":
+            return ""
         if name.startswith("model.layers."):
             return name.replace("model", self.trunk_of(int(name.split(".")[2])), 1)
         return name.replace("model.embed_tokens", "lower.embed_tokens").replace(

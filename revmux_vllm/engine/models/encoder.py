@@ -1,6 +1,6 @@
 """BERT: attention both ways and no cache, read at ``[CLS]`` through the backbone's own pooler."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from vllm.compilation.backends import set_model_tag
@@ -73,10 +73,10 @@ class RevMuxBertForSequenceClassification(RevMuxForSequenceClassification):
 
     packed_modules_mapping: ClassVar[dict[str, list[str]]] = {"qkv_proj": ["query", "key", "value"]}
     default_seq_pooling_type: ClassVar[str] = "CLS"
-    attention_name = "attention.self.attn"
+    pools_first = True
     weights_mapper = BertPoolingModel.hf_to_vllm_mapper
 
-    def build(self, vllm_config: VllmConfig, prefill_layers: int) -> None:
+    def build(self, vllm_config: VllmConfig, prefill_layers: int) -> list[Any]:
         model_config = vllm_config.model_config
         with set_model_tag("revmux_lower"):
             self.lower = LowerTrunk(vllm_config=vllm_config, num_layers=prefill_layers)
@@ -93,6 +93,7 @@ class RevMuxBertForSequenceClassification(RevMuxForSequenceClassification):
         self.pooler = DispatchPooler.for_seq_cls(
             pooler_config, pooling=self.first_token, classifier=self.classifier
         )
+        return [layer.get_submodule("attention.self.attn") for layer in self.upper.layers.values()]
 
     def forward(
         self,
