@@ -22,7 +22,6 @@ from safetensors.torch import save as serialize
 
 from revmux_vllm.adapters import AdapterLadder
 from revmux_vllm.config import RevMuxConfig
-from revmux_vllm.engine.plugin import MODELS
 
 ADAPTER_FILE = "adapter.safetensors"
 KEY_PREFIX = "revmux."
@@ -38,11 +37,6 @@ ARCHITECTURES = {
 }
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 BACKBONE_FILES = ("model*.safetensors", "model.safetensors.index.json")
-
-
-def is_served(model_type: str) -> bool:
-    """Whether our engine serves such a checkpoint yet."""
-    return ARCHITECTURES.get(model_type) in MODELS
 
 
 def read_config(folder: str | Path) -> tuple[RevMuxConfig, dict[str, Any]]:

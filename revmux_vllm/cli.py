@@ -177,7 +177,7 @@ def train(
     console = Console()
     if report:
         console.print(report_table(report))
-    console.print(f"written to {output}; {_next_step(output)}", soft_wrap=True)
+    console.print(f"written to {output}; serve it with: vllm serve {output}", soft_wrap=True)
 
 
 @app.command("eval")
@@ -305,15 +305,6 @@ def _rungs(rungs: str | None, widths: str | None) -> tuple[Rung, ...]:
         return parse_rungs(names)
     except ValueError as error:
         raise ValueError(f"--widths {widths}: {error}" if widths else f"--rungs: {error}") from None
-
-
-def _next_step(output: Path) -> str:
-    from revmux_vllm import checkpoint
-
-    _, values = checkpoint.read_config(output)
-    if checkpoint.is_served(values["model_type"]):
-        return f"serve it with: vllm serve {output}"
-    return f"measure it with: revmux eval {output} --eval ROWS (no engine serves this family yet)"
 
 
 @contextmanager

@@ -40,7 +40,7 @@ def random_prompts(seed: int, count: int, longest: int = 300) -> list[list[int]]
             prompts.append(rng.choice(prompts))
             continue
         length = rng.choice([1, 2, rng.randint(1, 30), rng.randint(1, longest)])
-        prompts.append([rng.randrange(VOCAB_SIZE) for _ in range(length)])
+        prompts.append([rng.randrange(1, VOCAB_SIZE) for _ in range(length)])  # 0 is padding
     return prompts
 
 

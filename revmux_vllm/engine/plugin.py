@@ -6,7 +6,11 @@ which vLLM calls only for our architectures.
 """
 
 SUPPORTED_VLLM = "0.32"
-FAMILIES = {"decoder": ("Llama", "Mistral", "Qwen2", "Qwen3"), "encoder": ("Bert",), "t5": ("T5",)}
+FAMILIES = {
+    "decoder": ("Llama", "Mistral", "Qwen2", "Qwen3"),
+    "encoder": ("Bert", "Roberta"),
+    "t5": ("T5",),
+}
 MODELS = {
     name: f"revmux_vllm.engine.models.{module}:{name}"
     for module, families in FAMILIES.items()

@@ -8,9 +8,7 @@ from revmux_vllm.training.evaluate import NUM_GROUPINGS, WINDOW
 COLUMNS = ("", "accuracy", "agreement", "speed-up", "layer limit")
 
 
-def model_card(
-    name: str, config: RevMuxConfig, num_layers: int, report: dict[str, Any], served: bool
-) -> str:
+def model_card(name: str, config: RevMuxConfig, num_layers: int, report: dict[str, Any]) -> str:
     """Markdown. Accuracies stand in it only when ``report`` has them.
 
     Args:
@@ -18,7 +16,6 @@ def model_card(
         config: what it is.
         num_layers: layers L of the backbone.
         report: what was measured, as ``revmux eval --json`` prints it; may be empty.
-        served: whether the engine serves its family.
     """
     lines = [
         f"# {name}",
@@ -28,9 +25,7 @@ def model_card(
         f"fewer rows ({', '.join(map(str, config.rungs))}) or on one sequence alone. `mux:N` packs "
         "N sequences into one composite, `merge:N` makes one row of N neighbouring tokens.",
         "",
-        f"Serve it: `vllm serve {name}` with `revmux-vllm` installed."
-        if served
-        else "No engine serves this family yet; `revmux eval` measures it.",
+        f"Serve it: `vllm serve {name}` with `revmux-vllm` installed.",
         "",
     ]
     if report:

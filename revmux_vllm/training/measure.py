@@ -50,8 +50,6 @@ def measure(
     )
     if window < 1:
         raise ValueError(f"--window {window}: expected at least 1")
-    if engine and not checkpoint.is_served(hf_config.model_type):
-        raise ValueError(f"--engine: no engine serves {folder} yet; leave the option out")
     if max_tokens < 1:
         raise ValueError(f"--max-tokens {max_tokens}: expected at least 1")
     device = process_state().device

@@ -146,10 +146,9 @@ def train_checkpoint(
     dtype = DTYPES[store_dtype]
     for part in (ladder, exits):
         part.to(dtype).float()  # measured as stored
-    served = checkpoint.is_served(hf_config.model_type)
 
     def card(report: dict[str, Any]) -> str:
-        return model_card(output.name, config, layers, report, served)
+        return model_card(output.name, config, layers, report)
 
     checkpoint.save(
         output, ladder, backbone, card({}), bundle_backbone=bundle_backbone, dtype=dtype

@@ -11,6 +11,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.worker.worker_base import WorkerBase
 
+from revmux_vllm import checkpoint
 from revmux_vllm.engine import plugin
 from revmux_vllm.engine.attention import composite_attention_backend
 from revmux_vllm.engine.metrics import put_rung_counts, take_rung_counts
@@ -104,6 +105,7 @@ def test_registering_twice_is_harmless() -> None:
     patched = arg_utils.get_model_path
     plugin.register()
     assert arg_utils.get_model_path is patched
+    assert set(checkpoint.ARCHITECTURES.values()) == set(plugin.MODELS)
     for architecture in plugin.MODELS:
         assert architecture in ModelRegistry.get_supported_archs()
         assert architecture in MODELS_CONFIG_MAP

@@ -53,7 +53,7 @@ BOTH = "merge:3,merge:3+mux:2,merge:3+mux:4"  # a step of three requests merges 
 MIXED = "merge:2,mux:4,mux:8"  # what has no partner merges, beside composites in the same step
 
 
-@pytest.fixture(scope="module", params=["llama", "mistral", "qwen2", "qwen3", "bert"])
+@pytest.fixture(scope="module", params=["llama", "mistral", "qwen2", "qwen3", "bert", "roberta"])
 def family_checkpoint(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:

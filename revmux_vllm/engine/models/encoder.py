@@ -1,4 +1,4 @@
-"""BERT: attention both ways and no cache, read at ``[CLS]`` through the backbone's own pooler."""
+"""BERT and RoBERTa: attention both ways and no cache, read at the first token."""
 
 from typing import Any, ClassVar
 
@@ -15,6 +15,7 @@ from vllm.model_executor.models.bert import (
     BertPoolingModel,
     _encode_token_type_ids,
 )
+from vllm.model_executor.models.roberta import RobertaClassificationHead, RobertaEmbedding
 
 from revmux_vllm.engine.models.base import RevMuxForSequenceClassification
 
@@ -23,9 +24,11 @@ from revmux_vllm.engine.models.base import RevMuxForSequenceClassification
 class LowerTrunk(nn.Module):
     """Embeddings and prefill layers: one row per token of the batch."""
 
-    def __init__(self, *, vllm_config: VllmConfig, num_layers: int) -> None:
+    def __init__(
+        self, *, vllm_config: VllmConfig, embedding_class: type[nn.Module], num_layers: int
+    ) -> None:
         super().__init__()
-        self.embeddings = BertEmbedding(vllm_config.model_config.hf_config)
+        self.embeddings: Any = embedding_class(vllm_config.model_config.hf_config)
         self.layers = _layers(vllm_config, range(num_layers))
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
@@ -69,21 +72,32 @@ def _layers(vllm_config: VllmConfig, indices: range) -> nn.ModuleDict:
 
 
 class RevMuxBertForSequenceClassification(RevMuxForSequenceClassification):
-    """Read at the first token."""
+    """Read through the backbone's own pooler."""
 
     packed_modules_mapping: ClassVar[dict[str, list[str]]] = {"qkv_proj": ["query", "key", "value"]}
     default_seq_pooling_type: ClassVar[str] = "CLS"
     pools_first = True
+    trunk_name: ClassVar[str] = "bert"
+    embedding_class: ClassVar[type[nn.Module]] = BertEmbedding
     weights_mapper = BertPoolingModel.hf_to_vllm_mapper
 
     def build(self, vllm_config: VllmConfig, prefill_layers: int) -> list[Any]:
-        model_config = vllm_config.model_config
         with set_model_tag("revmux_lower"):
-            self.lower = LowerTrunk(vllm_config=vllm_config, num_layers=prefill_layers)
+            self.lower = LowerTrunk(
+                vllm_config=vllm_config,
+                embedding_class=self.embedding_class,
+                num_layers=prefill_layers,
+            )
         with set_model_tag("revmux_upper"):
             self.upper = UpperTrunk(vllm_config=vllm_config, first_layer=prefill_layers)
+        self.build_head(vllm_config)
+        return [layer.get_submodule("attention.self.attn") for layer in self.upper.layers.values()]
+
+    def build_head(self, vllm_config: VllmConfig) -> None:
+        """Set the head's modules, under the names of the backbone's checkpoint, and ``pooler``."""
+        model_config = vllm_config.model_config
         self.first_token = BertPooler(model_config)
-        self.classifier = nn.Linear(
+        self.classifier: nn.Module = nn.Linear(
             model_config.hf_config.hidden_size,
             model_config.hf_config.num_labels,
             dtype=model_config.head_dtype,
@@ -93,7 +107,6 @@ class RevMuxBertForSequenceClassification(RevMuxForSequenceClassification):
         self.pooler = DispatchPooler.for_seq_cls(
             pooler_config, pooling=self.first_token, classifier=self.classifier
         )
-        return [layer.get_submodule("attention.self.attn") for layer in self.upper.layers.values()]
 
     def forward(
         self,
@@ -112,9 +125,23 @@ class RevMuxBertForSequenceClassification(RevMuxForSequenceClassification):
         return super().forward(input_ids, positions)
 
     def own_name(self, name: str) -> str:
-        if name.startswith("bert.encoder.layer."):
+        if name.startswith(f"{self.trunk_name}.encoder.layer."):
             _, _, _, layer, rest = name.split(".", 4)
             return f"{self.trunk_of(int(layer))}.layers.{layer}.{rest}"
-        return name.replace("bert.embeddings", "lower.embeddings").replace(
-            "bert.pooler", "first_token"
+        return name.replace(f"{self.trunk_name}.embeddings", "lower.embeddings").replace(
+            f"{self.trunk_name}.pooler", "first_token"
         )
+
+
+class RevMuxRobertaForSequenceClassification(RevMuxBertForSequenceClassification):
+    """Read by the backbone's own two-layer head; positions count from behind the padding token."""
+
+    trunk_name = "roberta"
+    embedding_class = RobertaEmbedding
+
+    def build_head(self, vllm_config: VllmConfig) -> None:
+        """Set the head's modules, under the names of the backbone's checkpoint, and ``pooler``."""
+        pooler_config = vllm_config.model_config.pooler_config
+        assert pooler_config is not None
+        self.classifier = RobertaClassificationHead(vllm_config.model_config)
+        self.pooler = DispatchPooler.for_seq_cls(pooler_config, classifier=self.classifier)
