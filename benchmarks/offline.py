@@ -88,6 +88,7 @@ class Engine:
 def main(
     model: Annotated[str, typer.Option(help="Checkpoint in place of random weights.")] = "",
     texts: Annotated[Path | None, typer.Option(help="Its prompts, one a line.")] = None,
+    rungs: Annotated[str, typer.Option(help="Only these, as in merge:2,mux:2.")] = "",
     requests: Annotated[int, typer.Option(help="Prompts per round.")] = 128,
     tokens: Annotated[int, typer.Option(help="Tokens per random prompt.")] = 64,
     rounds: Annotated[int, typer.Option(help="Rounds after one warm-up.")] = 5,
@@ -113,6 +114,10 @@ def main(
             cuts = tuple(dict.fromkeys(cut for _, cut in configurations))
             folders = {cut: write_shape(Path(scratch), cut) for cut in cuts}
             prompts = [[rng.randrange(32_000) for _ in range(tokens)] for _ in range(requests)]
+        if rungs:
+            wanted = parse_rungs(rungs.split(","))
+            configurations = [own for own in configurations if own[0] in wanted]
+            cuts = tuple(dict.fromkeys(cut for _, cut in configurations))
         plain_model = str(folders[cuts[0]])
         if model:
             plain_model = checkpoint.plain_backbone(folder, Path(scratch))
