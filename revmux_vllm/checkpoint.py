@@ -54,6 +54,12 @@ def read_config(folder: str | Path) -> tuple[RevMuxConfig, dict[str, Any]]:
         raise ValueError(f"{path}: not JSON: {error}") from error
     if "revmux" not in values:
         raise ValueError(f"{path}: revmux: missing; is this a plain backbone? `revmux train` it")
+    architecture = ARCHITECTURES.get(values.get("model_type"))
+    if values.get("architectures") != [architecture]:
+        raise ValueError(
+            f"{path}: architectures: expected {[architecture]} for model_type "
+            f"{values.get('model_type')!r}, found {values.get('architectures')}"
+        )
     try:
         config = RevMuxConfig.from_dict(values["revmux"])
         config.check_backbone(*backbone_shape(values))

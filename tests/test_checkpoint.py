@@ -97,6 +97,10 @@ def test_broken_weights_are_refused(folder: Path, change: Any, message: str) -> 
             lambda c: c["revmux"].update(rungs=["mux:2", "mux:5"]),
             "5 does not divide .* hidden_size 64",
         ),
+        (
+            lambda c: c.update(model_type="mistral"),
+            r"expected \['RevMuxMistral.*'mistral', found \['RevMuxLlama",
+        ),
         (lambda c: c["revmux"].update(prefill_layers=4), "fewer than the backbone's 4 layers"),
         (lambda c: c["revmux"].update(surprise=1), "revmux.surprise: unknown key"),
     ],
