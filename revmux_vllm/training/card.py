@@ -37,8 +37,8 @@ def model_card(name: str, config: RevMuxConfig, num_layers: int, report: dict[st
             f"fixed seeds; {WINDOW} requests at a time are packed together as the server packs "
             "them. Agreement is with the backbone. Speed-up counts the arithmetic of layers, "
             f"adapters and heads at {report['mean_tokens']:.0f} tokens, the mean of these rows; "
-            "the layer limit counts the layers alone. Early exit is the rival: a small head on "
-            "the hidden states after some layer, trained and measured beside the adapters. No "
+            "the layer limit counts the layers alone. What merges only has no spread: its answers "
+            "do not depend on company. Early exit is the rival: a small head on the hidden states after some layer, trained and measured beside the adapters. No "
             "rung uses it.",
             "",
         ]
@@ -79,4 +79,4 @@ def _percent(share: float) -> str:
 
 def _span(summary: dict[str, float]) -> str:
     mean, low, high = (_percent(summary[key]) for key in ("mean", "min", "max"))
-    return f"{mean} ({low} to {high})"
+    return mean if low == high else f"{mean} ({low} to {high})"
