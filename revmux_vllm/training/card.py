@@ -37,8 +37,9 @@ def model_card(name: str, config: RevMuxConfig, num_layers: int, report: dict[st
             f"fixed seeds; {WINDOW} requests at a time are packed together as the server packs "
             "them. Agreement is with the backbone. Speed-up counts the arithmetic of layers, "
             f"adapters and heads at {report['mean_tokens']:.0f} tokens, the mean of these rows; "
-            "the layer limit counts the layers alone. What merges only has no spread: its answers "
-            "do not depend on company. Early exit is the rival: a small head on the hidden states after some layer, trained and measured beside the adapters. No "
+            "the layer limit counts the layers alone. What only merges has no spread: its answers "
+            "do not depend on company. Early exit is the rival: a small head on the hidden states "
+            "after some layer, trained and measured beside the adapters. No "
             "rung uses it.",
             "",
         ]
