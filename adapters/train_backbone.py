@@ -129,9 +129,10 @@ def teacher(
 
 
 def shrink_tokenizer(
-    tokenizer: PreTrainedTokenizerFast, train: Dataset, num_tokens: int
+    tokenizer: PreTrainedTokenizerFast, train: Dataset, num_tokens: int, names: list[str]
 ) -> tuple[PreTrainedTokenizerFast, list[int]]:
-    """Keep special tokens, single characters, what the training rows use most, then BERT's order.
+    """Keep special tokens, the classes' names, single characters, what the training rows use most,
+    then BERT's order.
 
     Returns the smaller tokenizer and, for each new id, the old one.
     """
@@ -144,7 +145,7 @@ def shrink_tokenizer(
         token, old = item
         if old in special:
             return (0, old)
-        if len(token.removeprefix("##")) == 1 and old < 3000:
+        if token in names or len(token.removeprefix("##")) == 1 and old < 3000:
             return (1, old)
         return (2, -counts[old]) if counts[old] else (3, old)
 
@@ -274,7 +275,7 @@ def student(
     big = AutoModelForSequenceClassification.from_pretrained(teacher).eval()
     names = [big.config.id2label[i] for i in range(big.config.num_labels)]
     train = read_rows(data / "train.tsv", big_tokenizer, names)
-    tokenizer, old_ids = shrink_tokenizer(big_tokenizer, train, num_tokens)
+    tokenizer, old_ids = shrink_tokenizer(big_tokenizer, train, num_tokens, names)
     tokenizer.save_pretrained(output)  # before it is used, for the same reason
 
     judge = Trainer(
