@@ -145,7 +145,7 @@ def shrink_tokenizer(
         token, old = item
         if old in special:
             return (0, old)
-        if token in names or len(token.removeprefix("##")) == 1 and old < 3000:
+        if token in names or (len(token.removeprefix("##")) == 1 and old < 3000):
             return (1, old)
         return (2, -counts[old]) if counts[old] else (3, old)
 
