@@ -251,9 +251,9 @@ class RecordingEngine:
         self.llm.llm_engine.engine_core.shutdown()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def make_engine() -> Iterator[Callable[..., RecordingEngine]]:
-    """Engines that are shut down with the module."""
+    """Engines that are shut down with the test: each holds most of a GiB."""
     engines: list[RecordingEngine] = []
 
     def make(model: Path, **options: Any) -> RecordingEngine:
