@@ -69,6 +69,17 @@ def test_float32(
     reference = reference_of(family_checkpoint)
     for kind in (MUX, MERGE, BOTH, MIXED):
         check(engine, reference, kind)
+    if not eager:
+        return
+    # Alone: the same weights in vLLM's own classifier, the same batches.
+    engine.scheduler.policy = Policy(())
+    stock = make_engine(family_checkpoint.parent / "backbone", enable_prefix_caching=False)
+    for seed, count in BATCHES:
+        prompts = random_prompts(seed, count)
+        probs, _, rungs = engine.classify(prompts)
+        assert set(rungs) == {Rung()}
+        expected, *_ = stock.classify(prompts)
+        torch.testing.assert_close(probs, expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("family", ["t5", "t5-v1.1", "llama", "llama-tied"])
@@ -105,17 +116,6 @@ def test_merged_answers_do_not_depend_on_company(
 @pytest.fixture(scope="module")
 def tiny_merging(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_checkpoint(tmp_path_factory.mktemp("merging"), rungs="merge:2,merge:3")
-    if not eager:
-        return
-    # Alone: the same weights in vLLM's own classifier, the same batches.
-    engine.scheduler.policy = Policy(())
-    stock = make_engine(family_checkpoint.parent / "backbone", enable_prefix_caching=False)
-    for seed, count in BATCHES:
-        prompts = random_prompts(seed, count)
-        probs, _, rungs = engine.classify(prompts)
-        assert set(rungs) == {Rung()}
-        expected, *_ = stock.classify(prompts)
-        torch.testing.assert_close(probs, expected, rtol=0, atol=1e-6)
 
 
 @pytest.fixture(scope="module")
