@@ -2,8 +2,8 @@
 
 One command makes the backbones (``adapters/train_backbone.py``), trains every contender with
 ``revmux train``, and prints one table; a plot per task lies beside the results. What is finished is
-kept in ``--work``, so an interrupted run continues where it stopped; remove a contender's folder
-there to train it again with other options.
+kept in ``--work`` and stands in every later table and plot, so a run can be interrupted, or made of
+several commands; remove a contender's folder there to train it again with other options.
 
     python benchmarks/accuracy.py --data ../shared/data --work build/accuracy
     python benchmarks/accuracy.py --data ../shared/data --work build/accuracy --families llama,t5 \\
@@ -14,6 +14,7 @@ import itertools
 import json
 import subprocess
 import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,8 +29,8 @@ ROOT = Path(__file__).resolve().parent.parent
 TASKS = {
     "sst2": ("negative,positive", 1),
     "mrpc": ("different,same", 3),
-    "rte": ("yes,no", 3),
-    "qnli": ("yes,no", 1),
+    "rte": ("yes,no", 8),
+    "qnli": ("yes,no", 3),
 }
 STUDENTS = {"llama": ["--layers", "12"], "t5": ["--layers", "6"]}
 CONTENDERS = {
@@ -45,75 +46,96 @@ def run(*command: str | Path) -> None:
     subprocess.run([sys.executable, *map(str, command)], check=True, stdout=sys.stderr)
 
 
-def backbone(family: str, task: str, data: Path, work: Path, epochs: float) -> Path:
-    """The folder of a frozen classifier, made if it is not there yet."""
-    names, teacher_epochs = TASKS[task]
-    script = ROOT / "adapters" / "train_backbone.py"
-    folder = work / f"{family}-{task}" / "backbone"
-    if (folder / "model.safetensors").is_file():
+@dataclass(frozen=True)
+class Ladders:
+    """The ladders over one backbone; what is not there yet is made.
+
+    Attributes:
+        data: folder of the tasks' data.
+        work: folder for everything that is made.
+        family: of the backbone.
+        task: its task.
+        student_epochs: of a LLaMA or T5 backbone.
+    """
+
+    data: Path
+    work: Path
+    family: str
+    task: str
+    student_epochs: float
+
+    @property
+    def root(self) -> Path:
+        """Where they lie."""
+        return self.work / f"{self.family}-{self.task}"
+
+    def backbone(self) -> Path:
+        """The folder of the frozen classifier."""
+        names, teacher_epochs = TASKS[self.task]
+        script = ROOT / "adapters" / "train_backbone.py"
+        folder = self.root / "backbone"
+        if (folder / "model.safetensors").is_file():
+            return folder
+        where = ["--data", self.data / self.task, "--output", folder]
+        if self.family == "bert":
+            run(script, "teacher", *where, "--labels", names, "--epochs", str(teacher_epochs))
+        else:
+            teacher = replace(self, family="bert").backbone()
+            options = ["--architecture", self.family, "--epochs", str(self.student_epochs)]
+            run(script, "student", *where, "--teacher", teacher, *options, *STUDENTS[self.family])
         return folder
-    if family == "bert":
-        options = ["--labels", names, "--epochs", str(teacher_epochs)]
-        run(script, "teacher", "--data", data / task, "--output", folder, *options)
-    else:
-        teacher = backbone("bert", task, data, work, epochs)
-        options = ["--architecture", family, "--epochs", str(epochs), *STUDENTS[family]]
-        where = ["--data", data / task, "--teacher", teacher, "--output", folder]
-        run(script, "student", *where, *options)
-    return folder
 
+    def training_rows(self, most: int | None) -> Path:
+        """The file of training rows, or an even sample of ``most`` of them."""
+        whole = self.data / self.task / "train.tsv"
+        if most is None:
+            return whole
+        sample = self.work / f"{self.task}-{most}.tsv"
+        if not sample.is_file():
+            header, *rows = whole.read_text(encoding="utf-8").splitlines(keepends=True)
+            step = max(1.0, len(rows) / most)
+            kept = [rows[int(i * step)] for i in range(min(most, len(rows)))]
+            self.work.mkdir(parents=True, exist_ok=True)
+            sample.write_text(header + "".join(kept), encoding="utf-8")
+        return sample
 
-def training_rows(task: str, data: Path, work: Path, most: int | None) -> Path:
-    """The file of training rows, or an even sample of ``most`` of them."""
-    whole = data / task / "train.tsv"
-    if most is None:
-        return whole
-    sample = work / f"{task}-{most}.tsv"
-    if not sample.is_file():
-        header, *rows = whole.read_text(encoding="utf-8").splitlines(keepends=True)
-        step = max(1.0, len(rows) / most)
-        kept = [rows[int(i * step)] for i in range(min(most, len(rows)))]
-        work.mkdir(parents=True, exist_ok=True)
-        sample.write_text(header + "".join(kept), encoding="utf-8")
-    return sample
-
-
-def measure(
-    family: str,
-    task: str,
-    contender: str,
-    rungs: str,
-    cut: int,
-    rows: Path,
-    data: Path,
-    work: Path,
-    options: list[str],
-) -> dict[str, Any]:
-    """The report of one ladder, trained on ``rows`` unless it was before."""
-    root = work / f"{family}-{task}"
-    name = f"{contender}-{rungs}-l{cut}-{rows.stem}"
-    folder = root / name.replace(", ", "-").replace(",", "-").replace(":", "")
-    report = folder / "report.json"
-    if not report.is_file():
-        words = ["--label-words", TASKS[task][0]] if family == "t5" else []
+    def train(self, contender: str, cut: int, rows: Path, rungs: str, options: list[str]) -> None:
+        """Train one ladder on ``rows``, unless it was before."""
+        name = f"{contender}_l={cut}_{rows.stem}_{rungs}"
+        folder = self.root / name.replace(", ", "-").replace(",", "-").replace(":", "")
+        if (folder / "report.json").is_file():
+            return
+        words = ["--label-words", TASKS[self.task][0]] if self.family == "t5" else []
         resume = ["--resume"] if (folder / "trainer" / "options.json").is_file() else []
-        where = ["--backbone", root / "backbone", "--output", folder, "--prefill-layers", cut]
-        files = ["--train", rows, "--eval", data / task / "dev.tsv"]
+        where = ["--backbone", self.backbone(), "--output", folder, "--prefill-layers", cut]
+        files = ["--train", rows, "--eval", self.data / self.task / "dev.tsv", "--rungs", rungs]
         more = [*CONTENDERS[contender], *words, *options, *resume]
-        run("-m", "revmux_vllm.cli", "train", *where, *files, *more)
-    return dict(json.loads(report.read_text(encoding="utf-8")))
+        run("-m", "revmux_vllm.cli", "train", *where, *files, *map(str, more))
+
+    def reports(self) -> dict[str, dict[str, Any]]:
+        """Of every ladder there is: contender, cut and rows, to what ``revmux eval`` says."""
+        found: dict[str, dict[str, Any]] = {}
+        for path in sorted(self.root.glob("*/report.json")):
+            name = ", ".join(path.parent.name.split("_")[:3])
+            report = json.loads(path.read_text(encoding="utf-8"))
+            if name in found:  # the same with other rungs
+                found[name]["rungs"] |= report["rungs"]
+                found[name]["early_exit"] += report["early_exit"]
+            found.setdefault(name, report)
+        return found
 
 
 def rows_of(
-    family: str, task: str, name: str, report: dict[str, Any], exits: dict[int, dict[str, Any]]
+    ladders: Ladders, name: str, report: dict[str, Any], exits: dict[int, dict[str, Any]]
 ) -> list[dict[str, Any]]:
     """The rungs of a report as rows of the result."""
-    shared = {"family": family, "task": task, "backbone": report["backbone"]["accuracy"]}
+    shared = {"family": ladders.family, "task": ladders.task, "contender": name}
+    shared |= {"backbone": report["backbone"]["accuracy"]}
     rows = []
     for rung, row in report["rungs"].items():
         kept = {key: row[key] for key in ("prefill_layers", "speedup", "accuracy", "agreement")}
         early = early_exit_at(exits, report["backbone"]["accuracy"], row["speedup"])
-        rows.append(shared | {"contender": name, "rung": rung, "early_exit": early} | kept)
+        rows.append(shared | {"rung": rung, "early_exit": early} | kept)
     return rows
 
 
@@ -161,32 +183,29 @@ def main(
     more: Annotated[str, typer.Option(help="More options for `revmux train`.")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="JSON on standard output.")] = False,
 ) -> None:
-    """Train what is missing and print the table."""
-    rows: list[dict[str, Any]] = []
-    for family in families.split(","):
-        for task in tasks.split(","):
-            backbone(family, task, data, work, student_epochs)
-            train = training_rows(task, data, work, most_rows)
-            lines: dict[str, dict[str, Any]] = {}
-            for cut in map(int, prefill_layers.split(",")):
-                for name in contenders.split(";"):
-                    passes = 2 * epochs if "paper" in name else epochs
-                    own = [r for r in rungs.split(",") if "paper" not in name or r[:3] == "mux"]
-                    options = ["--rungs", ",".join(own), "--epochs", str(passes), *more.split()]
-                    line = f"{name}, l={cut}"
-                    lines[line] = measure(
-                        family, task, name, ",".join(own), cut, train, data, work, options
-                    )
-            exits = best_exits(list(lines.values()))
-            for line, report in lines.items():
-                rows += rows_of(family, task, line.rsplit(", ", 1)[0], report, exits)
-            plot_frontier(lines, work / f"{family}-{task}.png", f"{task}, {family}")
+    """Train what is missing, and print the table of everything there is under ``--work``."""
+    result: list[dict[str, Any]] = []
+    for family, task in itertools.product(families.split(","), tasks.split(",")):
+        ladders = Ladders(data, work, family, task, student_epochs)
+        rows = ladders.training_rows(most_rows)
+        for cut, name in itertools.product(
+            map(int, prefill_layers.split(",")), contenders.split(";")
+        ):
+            paper = "paper" in name
+            own = [r for r in rungs.split(",") if not paper or r.startswith("mux:")]
+            options = ["--epochs", str(2 * epochs if paper else epochs), *more.split()]
+            ladders.train(name, cut, rows, ",".join(own), options)
+        reports = ladders.reports()
+        exits = best_exits(list(reports.values()))
+        for name, report in reports.items():
+            result += rows_of(ladders, name, report, exits)
+        plot_frontier(reports, work / f"{family}-{task}.png", f"{task}, {family}")
     if as_json:
-        print(json.dumps(rows))
+        print(json.dumps(result))
         return
     columns = ("backbone", "task", "adapters", "l", "rung", "speed-up", "accuracy", "agreement")
     table = Table(*columns, "early exit there", "alone")
-    for row in rows:
+    for row in result:
         accuracy, agreement = row["accuracy"], row["agreement"]["mean"]
         early = row["early_exit"]
         table.add_row(

@@ -107,6 +107,5 @@ def mixed_layer_limit(counts: Mapping[str, int], prefill_layers: int, num_layers
         raise ValueError("no request was counted at any rung; is the revmux plugin active?")
     cost = 0.0
     for name, n in counts.items():
-        saving = 1 if name == str(Rung()) else Rung.parse(name).saving
-        cost += n / layer_limit(saving, prefill_layers, num_layers)
+        cost += n / layer_limit(Rung.parse(name).saving, prefill_layers, num_layers)
     return total / cost

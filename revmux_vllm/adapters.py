@@ -179,6 +179,32 @@ ADAPTERS: dict[str, type[Adapter]] = {
 }
 
 
+class ExitHead(nn.Module):
+    """Three linear layers on the pooled row and the mean row of some layer.
+
+    Args:
+        hidden_size: D of the backbone.
+        inner_size: width of the inner layers.
+        out_size: what comes out; D for a vector that the backbone's own head reads.
+    """
+
+    def __init__(self, hidden_size: int, inner_size: int, out_size: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.RMSNorm(hidden_size, eps=1e-6),
+            nn.Flatten(-2),
+            nn.Linear(2 * hidden_size, inner_size),
+            nn.ReLU(),
+            nn.Linear(inner_size, inner_size),
+            nn.ReLU(),
+            nn.Linear(inner_size, out_size),
+        )
+
+    def forward(self, skip: Tensor) -> Tensor:
+        """States (B, 2, D), as ``skip_state`` makes them, to (B, out_size)."""
+        return self.layers(skip)
+
+
 class RungAdapter(nn.Module):
     """What a rung does before the upper layers and after them.
 
@@ -191,6 +217,7 @@ class RungAdapter(nn.Module):
         merger: for neighbouring tokens, or None.
         mux: for the sequences of a composite, or None.
         refiner: where there is no composite to separate, or None.
+        exit: where there are no upper layers, or None.
     """
 
     def __init__(self, rung: Rung, config: RevMuxConfig, hidden_size: int) -> None:
@@ -199,7 +226,10 @@ class RungAdapter(nn.Module):
         self.merger = TokenMerge(rung.merge, hidden_size, inner) if rung.merge > 1 else None
         self.mux: Adapter | None = None
         self.refiner: Refiner | None = None
-        if rung.mux > 1:
+        self.exit: ExitHead | None = None
+        if rung.exit:
+            self.exit = ExitHead(hidden_size, inner, hidden_size)
+        elif rung.mux > 1:
             self.mux = ADAPTERS[config.adapter_type](rung.mux, hidden_size, inner, config.skip)
         else:
             self.refiner = Refiner(hidden_size, inner, config.skip)

@@ -73,7 +73,8 @@ def train(
         str | None,
         typer.Option(
             help="What the upper layers run on, all trained together: `mux:N` composites of N "
-            "sequences, `merge:N` one row per N neighbouring tokens, `merge:M+mux:N` both. "
+            "sequences, `merge:N` one row per N neighbouring tokens, `merge:M+mux:N` both, "
+            "`exit` nothing: an answer from the prefill layers alone. "
             f"Default: `{DEFAULT_RUNGS}`."
         ),
     ] = None,

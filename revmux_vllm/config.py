@@ -26,6 +26,7 @@ class RevMuxConfig:
         skip: a member's own prefill state reaches its demultiplexer.
         label_words: the words, one per class, whose LM-head logits are the answer; None for a
             backbone with a classification head.
+        pairs: the texts come in pairs, two in one sequence.
         backbone: folder or hub id of the backbone's weights; None when they lie beside this file.
             A relative path counts from the checkpoint folder.
         format_version: version of the checkpoint format.
@@ -40,6 +41,7 @@ class RevMuxConfig:
     adapter_hidden_size: int = 256
     skip: bool = True
     label_words: tuple[str, ...] | None = None
+    pairs: bool = False
     backbone: str | None = None
     format_version: int = FORMAT_VERSION
 
@@ -68,8 +70,9 @@ class RevMuxConfig:
                 "revmux.adapter_hidden_size: expected at least 1, "
                 f"found {self.adapter_hidden_size!r}"
             )
-        if not isinstance(self.skip, bool):
-            problems.append(f"revmux.skip: expected true or false, found {self.skip!r}")
+        for key in ("skip", "pairs"):
+            if not isinstance(value := getattr(self, key), bool):
+                problems.append(f"revmux.{key}: expected true or false, found {value!r}")
         words = self.label_words
         if words is not None and (
             not isinstance(words, tuple)
@@ -85,7 +88,10 @@ class RevMuxConfig:
 
     def kind(self, rung: Rung) -> tuple[Rung, ...]:
         """``rung`` and what serves those whom it leaves over: as merged, and no wider."""
-        return tuple(r for r in self.rungs if r.merge == rung.merge and r.mux <= rung.mux)
+        if rung.exit:
+            return (rung,)
+        alike = (r for r in self.rungs if r.merge == rung.merge and not r.exit)
+        return tuple(r for r in alike if r.mux <= rung.mux)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "RevMuxConfig":
@@ -120,7 +126,7 @@ class RevMuxConfig:
     @property
     def widths(self) -> tuple[int, ...]:
         """Streams N of the rungs that only multiplex, ascending."""
-        return tuple(rung.mux for rung in self.rungs if rung.merge == 1)
+        return tuple(rung.mux for rung in self.rungs if rung.merge == 1 and rung.mux > 1)
 
     def check_backbone(self, hidden_size: int, num_layers: int) -> None:
         """Raise ValueError if a backbone of this shape cannot carry these rungs."""
@@ -138,7 +144,7 @@ class RevMuxConfig:
         _raise(problems)
 
 
-def layer_limit(saving: int, prefill_layers: int, num_layers: int) -> float:
+def layer_limit(saving: float, prefill_layers: int, num_layers: int) -> float:
     """Speed-up if layers were the only cost: 1 / (l/L + (1 - l/L)/N).
 
     Args:

@@ -6,11 +6,23 @@ Related: ToMe (Bolya et al., 2023), Funnel-Transformer (Dai et al., 2020), PoWER
 are fixed by position, which is all a plan needs to know.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 
-def merged_tokens(lengths: Tensor, factor: int, keep_first: bool) -> tuple[Tensor, Tensor]:
+def row_counts(lengths: Any, factor: Any) -> Any:
+    """Rows of sequences after merging: one for the pooled token, one for every M others.
+
+    Args:
+        lengths: tokens of each sequence, positive; a tensor or an array.
+        factor: M, or one for each sequence.
+    """
+    return 1 - (1 - lengths) // factor
+
+
+def merged_tokens(lengths: Tensor, factor: int, pools_first: bool) -> tuple[Tensor, Tensor]:
     """Which tokens each merged row stands for.
 
     The pooled token keeps a row of its own; the others form groups of ``factor`` neighbours, in
@@ -19,20 +31,20 @@ def merged_tokens(lengths: Tensor, factor: int, keep_first: bool) -> tuple[Tenso
     Args:
         lengths: (B,) int64, tokens of each sequence.
         factor: M, at least 2.
-        keep_first: the pooled token is the first one, as in an encoder; else it is the last.
+        pools_first: the pooled token is the first one, as in an encoder; else it is the last.
 
     Returns:
         Token indices (B, R, M), -1 where there is none, and rows (B,) of each sequence.
     """
-    num_rows = 1 + (lengths - 1 + factor - 1) // factor  # (B,)
+    num_rows = row_counts(lengths, factor)  # (B,)
     row = torch.arange(int(num_rows.max()), device=lengths.device)
     slot = torch.arange(factor, device=lengths.device)
-    start = (row - 1) * factor + 1 if keep_first else row * factor  # (R,)
+    start = (row - 1) * factor + 1 if pools_first else row * factor  # (R,)
     tokens = (start[:, None] + slot).expand(len(lengths), -1, -1)
-    end = lengths if keep_first else lengths - 1
+    end = lengths if pools_first else lengths - 1
     tokens = tokens.where((tokens < end[:, None, None]) & (start >= 0)[:, None], -1)
-    kept = lengths * 0 if keep_first else num_rows - 1  # (B,) row
-    token = lengths * 0 if keep_first else lengths - 1
+    kept = lengths * 0 if pools_first else num_rows - 1  # (B,) row
+    token = lengths * 0 if pools_first else lengths - 1
     tokens[torch.arange(len(lengths)), kept, 0] = token
     return tokens, num_rows
 

@@ -87,24 +87,22 @@ def pack_rungs(
     rungs: Iterable[Rung],
     domains: Sequence[Hashable] | None = None,
 ) -> list[tuple[Rung, tuple[int, ...]]]:
-    """``pack`` for the cheapest of ``rungs``, narrower ones of its kind for what is left.
+    """``pack`` for the cheapest of ``rungs``, narrower ones as merged as it for what is left.
 
-    The kind is how many tokens merge. What is left without a partner runs at the cheapest rung that
-    needs none, which is the backbone alone if nothing merges.
+    What is left without a partner runs at the cheapest rung that needs none, which is the backbone
+    alone if nothing merges.
 
     Args:
         lengths, domains: as for ``pack``.
         rungs: that may be used; the backbone alone always may.
     """
     ladder = [Rung(), *rungs]
-    merge = max(ladder, key=lambda rung: (rung.saving, rung.merge)).merge
-    sizes = [rung.mux for rung in ladder if rung.merge == merge]
-    single = max((rung for rung in ladder if rung.mux == 1), key=lambda rung: rung.merge)
-    if merge > 1 and Rung(merge) in ladder:
-        single = Rung(merge)
+    cheapest = max(ladder, key=lambda rung: (rung.saving, rung.merge))
+    alone = max((rung for rung in ladder if rung.mux == 1), key=lambda rung: rung.saving)
+    widths = [rung.mux for rung in ladder if rung.merge == cheapest.merge]
     return [
-        (single if len(group) == 1 else Rung(merge, len(group)), group)
-        for group in pack(lengths, sizes, domains)
+        (alone if len(group) == 1 else Rung(cheapest.merge, len(group)), group)
+        for group in pack(lengths, widths if cheapest.mux > 1 else [], domains)
     ]
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from revmux_vllm.adapters import AdapterLadder, RungAdapter
+from revmux_vllm.adapters import AdapterLadder, ExitHead, RungAdapter
 from revmux_vllm.backbones.base import Backbone, inside
 from revmux_vllm.merging import TokenMerge, merged_tokens
 from revmux_vllm.rungs import Rung
@@ -124,8 +124,19 @@ def demultiplex(
     return adapter.read(read_at, stream, skip).unflatten(0, (num_groups, width))
 
 
+def exit_vectors(
+    backbone: Backbone, exit_head: ExitHead, hidden: Tensor, lengths: Tensor
+) -> Tensor:
+    """Vectors (G, N, D) read off the prefill states; arguments as for ``multiplex``."""
+    flat = lengths.flatten()
+    skip = skip_state(hidden.flatten(0, 1), flat, backbone.pooled_position(flat))
+    return exit_head(skip).unflatten(0, lengths.shape)
+
+
 def run_rung(backbone: Backbone, adapter: RungAdapter, hidden: Tensor, lengths: Tensor) -> Tensor:
     """The members' vectors (G, N, D) of G composites; arguments as for ``multiplex``."""
+    if adapter.exit is not None:
+        return exit_vectors(backbone, adapter.exit, hidden, lengths)
     composites = multiplex(backbone, adapter, hidden, lengths)
     out = backbone.upper(composites.rows, composites.lengths[:, 0], composites.positions)
     return demultiplex(backbone, adapter, out, composites, hidden, lengths)

@@ -1,5 +1,6 @@
 """A tiny random checkpoint, trainings of a moment, and engines whose plans can be seen."""
 
+import json
 import os
 import random
 from collections.abc import Callable, Iterator
@@ -54,6 +55,32 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[UNK]", model_max_length=512
     )
+
+
+def pair_tokenizer() -> PreTrainedTokenizerFast:
+    """The same as BERT has it: w1 first, w2 behind each text, and token types."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = word_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        "w1:0 $A:0 w2:0", "w1:0 $A:0 w2:0 $B:1 w2:1", special_tokens=[("w1", 1), ("w2", 2)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer,
+        unk_token="[UNK]",
+        pad_token="[UNK]",
+        cls_token="w1",
+        sep_token="w2",
+        model_max_length=512,
+    )
+
+
+def save_pair_tokenizer(folder: Path) -> None:
+    """``pair_tokenizer`` in place of a checkpoint's own."""
+    pair_tokenizer().save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    names = {"model_input_names": ["input_ids", "token_type_ids", "attention_mask"]}
+    path.write_text(json.dumps(json.loads(path.read_text()) | names))
 
 
 def save_backbone(
@@ -114,11 +141,19 @@ def make_tiny_checkpoint(
     rungs: str = "mux:2,mux:4,mux:8",
     family: str = "llama",
     language_model: bool = False,
+    num_labels: int = 3,
     **revmux: Any,
 ) -> Path:
     """A random 4-layer backbone with random adapters for some rungs, all in float32."""
     backbone = root / "backbone"
-    save_backbone(family, backbone, language_model, hidden_size=hidden_size, num_layers=num_layers)
+    save_backbone(
+        family,
+        backbone,
+        language_model,
+        hidden_size=hidden_size,
+        num_layers=num_layers,
+        num_labels=num_labels,
+    )
     options: dict[str, Any] = {"prefill_layers": 1, "adapter_hidden_size": 48}
     ladder = AdapterLadder(
         RevMuxConfig(parse_rungs(rungs.split(",")), **options | revmux), hidden_size
@@ -171,7 +206,7 @@ def train(tmp_path: Path) -> Train:
         return revmux(
             f"train --backbone {backbone} --train {tmp_path / 'train.tsv'} "
             f"--output {tmp_path / 'out'} --prefill-layers 1 --epochs 1 --augment 0 "
-            "--rungs mux:2,mux:4,merge:2,merge:2+mux:2 "
+            "--rungs mux:2,mux:4,merge:2,merge:2+mux:2,exit "
             f"--batch-size 16 --adapter-hidden-size 24 {more}"
         )
 
@@ -186,7 +221,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     result: Any = revmux(
         f"train --backbone {root / 'backbone'} --train {write_rows(root / 'train.tsv', 256, 0)} "
         f"--eval {write_rows(root / 'dev.tsv', 64, 1)} --output {root / 'out'} "
-        "--rungs mux:2,mux:4,merge:2 "
+        "--rungs mux:2,mux:4,merge:2,exit "
         "--prefill-layers 1 --epochs 2 --batch-size 32 --adapter-hidden-size 24 --bundle-backbone "
         "--store-dtype bfloat16"
     )

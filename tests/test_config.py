@@ -27,7 +27,7 @@ def test_it_round_trips() -> None:
     ("change", "message"),
     [
         ({"width": 2}, "revmux.width: unknown key; known are"),
-        ({"rungs": ["mux:1"]}, "revmux.rungs: rung 'mux:1': expected mux:N, merge:N or"),
+        ({"rungs": ["mux:1"]}, "revmux.rungs: rung 'mux:1': expected exit, mux:N, merge:N or"),
         ({"rungs": ["mux:2+merge:2"]}, "revmux.rungs: rung 'mux:2[+]merge:2': expected"),
         ({"rungs": [2]}, "revmux.rungs: rung 2: expected"),
         ({"rungs": ["mux:2", "mux:2"]}, "revmux.rungs: rung mux:2: there twice"),

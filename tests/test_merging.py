@@ -1,5 +1,7 @@
 """Merged tokens: which, and that the untrained module is their mean."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -12,19 +14,19 @@ from revmux_vllm.rungs import Rung, parse_rungs
 @given(
     lengths=st.lists(st.integers(1, 20), min_size=1, max_size=8),
     factor=st.integers(2, 5),
-    keep_first=st.booleans(),
+    pools_first=st.booleans(),
 )
 def test_every_token_is_in_one_row_and_the_pooled_one_alone(
-    lengths: list[int], factor: int, keep_first: bool
+    lengths: list[int], factor: int, pools_first: bool
 ) -> None:
-    tokens, num_rows = merged_tokens(torch.tensor(lengths), factor, keep_first)
+    tokens, num_rows = merged_tokens(torch.tensor(lengths), factor, pools_first)
     for own, count, length in zip(tokens.tolist(), num_rows.tolist(), lengths, strict=True):
         rows = [[token for token in row if token >= 0] for row in own]
         assert [token for row in rows for token in row] == list(range(length)), "in order, once"
         assert all(rows[:count])
         assert not any(rows[count:])
-        pooled = 0 if keep_first else count - 1
-        assert rows[pooled] == [0 if keep_first else length - 1]
+        pooled = 0 if pools_first else count - 1
+        assert rows[pooled] == [0 if pools_first else length - 1]
         others = [row for i, row in enumerate(rows[:count]) if i != pooled]
         assert all(len(row) == factor for row in others[:-1])
         assert all(row[0] == own[i][0] for i, row in enumerate(rows[:count])), "first slot first"
@@ -55,11 +57,20 @@ def test_what_is_not_there_leaves_no_trace_and_a_row_alone_stays() -> None:
 
 
 def test_names_of_rungs() -> None:
-    texts = ["mux:4", "mux:2", "merge:2+mux:2", "merge:3"]
+    texts = ["mux:4", "mux:2", "merge:2+mux:2", "merge:3", "exit"]
     rungs = parse_rungs(texts)
-    assert list(map(str, rungs)) == ["mux:2", "mux:4", "merge:2+mux:2", "merge:3"]
-    assert [rung.saving for rung in rungs] == [2, 4, 4, 3]
+    assert list(map(str, rungs)) == ["exit", "mux:2", "mux:4", "merge:2+mux:2", "merge:3"]
+    assert [rung.saving for rung in rungs] == [math.inf, 2, 4, 4, 3]
     assert str(Rung()) == "alone"
-    for text in ("alone", "mux:1", "mux:2+merge:2", "merge:2mux:2", "", "merge:2+", "mux:02"):
-        with pytest.raises(ValueError, match="expected mux:N, merge:N or"):
+    for text in (
+        "alone",
+        "mux:1",
+        "mux:2+merge:2",
+        "merge:2mux:2",
+        "",
+        "merge:2+",
+        "mux:02",
+        "exit+mux:2",
+    ):
+        with pytest.raises(ValueError, match="expected exit, mux:N, merge:N or"):
             Rung.parse(text)

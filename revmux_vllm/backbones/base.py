@@ -2,10 +2,13 @@
 
 import copy
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+
+SHORTEST = 0.8  # of a batch's longest sequence; what is shorter waits for the next batch
 
 
 class Backbone(nn.Module, ABC):
@@ -17,7 +20,7 @@ class Backbone(nn.Module, ABC):
     Args:
         model: the classifier. Set to eval mode and frozen here.
         prefill_layers: layers (l) that belong to the lower part.
-        head: maps pooled vectors (M, D) to logits (M, C).
+        head: maps pooled vectors (M, D) to logits (M, C), or (M, 1) of a cross-encoder.
 
     Attributes:
         config: the model's own config.
@@ -74,8 +77,18 @@ class Backbone(nn.Module, ABC):
         return self.pooled_position(lengths)
 
     def head(self, pooled: Tensor) -> Tensor:
-        """Pooled vectors (M, D) to logits (M, C)."""
-        return self.classifier(pooled)
+        """Pooled vectors (M, D) to logits (M, C); of a single label no and yes (``with_no``)."""
+        return with_no(self.classifier(pooled))
+
+
+def with_no(logits: Tensor) -> Tensor:
+    """Logits (M, C) as they are; a single one (M, 1) beside the zero that stands for no, (M, 2).
+
+    The softmax of the two is the sigmoid of the one, which is how a cross-encoder is read.
+    """
+    if logits.shape[-1] > 1:
+        return logits
+    return torch.cat([torch.zeros_like(logits), logits], dim=-1)
 
 
 class LabelWords(nn.Module):
@@ -99,6 +112,26 @@ class LabelWords(nn.Module):
 def inside(lengths: Tensor, num_tokens: int) -> Tensor:
     """(B,) to (B, T) bool: where a right-padded sequence has tokens."""
     return torch.arange(num_tokens, device=lengths.device) < lengths[:, None]
+
+
+def batches_by_length(lengths: Tensor, most_tokens: int) -> Iterator[Tensor]:
+    """Indices of sequences to pad together, the longest first, similar lengths in each batch.
+
+    Args:
+        lengths: (B,) on the CPU.
+        most_tokens: of a batch, padding counted; a longer sequence is a batch of its own.
+    """
+    order = lengths.argsort(descending=True, stable=True)
+    ordered = lengths[order].tolist()
+    begin = 0
+    for end in range(1, len(ordered) + 1):
+        full = end < len(ordered) and (
+            (end - begin + 1) * ordered[begin] > most_tokens
+            or ordered[end] < SHORTEST * ordered[begin] - 4
+        )
+        if full or end == len(ordered):
+            yield order[begin:end]
+            begin = end
 
 
 def shared_copy(module: Any) -> Any:

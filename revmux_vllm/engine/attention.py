@@ -88,9 +88,11 @@ def composite_attention_backend(
                 step.groups(),
                 common_attn_metadata.query_start_loc_cpu.numpy(),
                 common_attn_metadata.query_start_loc.device,
-                keep_first=pools_first,
+                pools_first=pools_first,
             )
-            composites = composite_metadata(common_attn_metadata, layout)
+            composites = common_attn_metadata
+            if layout.num_rows:  # not where all exit: then no upper layer runs
+                composites = composite_metadata(common_attn_metadata, layout)
             metadata = super().build(common_prefix_len, composites, fast_build)
             metadata.mux_layout = layout
             metadata.mux_slot_mapping = composites.slot_mapping

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from revmux_vllm.merging import merged_tokens
+from revmux_vllm.merging import merged_tokens, row_counts
 from revmux_vllm.rungs import Rung
 
 
@@ -51,7 +51,8 @@ class MuxLayout:
     """Indices of one step.
 
     Attributes:
-        rungs: one entry for each that occurs, but for sequences alone.
+        rungs: one entry for each that occurs, but for sequences alone and those that exit.
+        exits: (E,) batch rows of the sequences that have no upper row.
         alone: (A,) token rows of the sequences that run alone; they are the first upper rows.
         positions: (U,) position of every upper row in its sequence; of a merged row that of its
             last token.
@@ -65,6 +66,7 @@ class MuxLayout:
     """
 
     rungs: tuple[RungLayout, ...]
+    exits: Tensor
     alone: Tensor
     positions: Tensor
     places: Tensor
@@ -85,7 +87,7 @@ def make_layout(
     groups: Sequence[tuple[Rung, Sequence[int]]],
     starts: np.ndarray,
     device: torch.device | str = "cpu",
-    keep_first: bool = False,
+    pools_first: bool = False,
 ) -> MuxLayout:
     """Lay out the composites ``groups``.
 
@@ -94,7 +96,7 @@ def make_layout(
             batch in exactly one.
         starts: (B + 1,) first token row of every sequence, and the number of tokens.
         device: where the index tensors go.
-        keep_first: the pooled token is a sequence's first one; else it is the last.
+        pools_first: the pooled token is a sequence's first one; else it is the last.
 
     Raises:
         ValueError: if a row of the batch stands in no group or in two, or a carrier is shorter
@@ -103,15 +105,15 @@ def make_layout(
     starts = starts.astype(np.int64)
     lengths = np.diff(starts)
     num_tokens = int(starts[-1])
-    ordered = sorted(groups, key=lambda group: group[0])
+    exits = np.array([row for rung, group in groups if rung.exit for row in group], np.int64)
+    ordered = sorted((g for g in groups if not g[0].exit), key=lambda group: group[0])
     tables = [np.array(group, np.int64) for _, group in ordered]
-    members = np.concatenate(tables) if tables else np.empty(0, np.int64)
+    members = np.concatenate([exits, *tables])
     if not np.array_equal(np.sort(members), np.arange(len(lengths))):
         raise ValueError(f"groups do not cover the batch's {len(lengths)} rows once: {groups}")
     carriers = np.array([table[0] for table in tables], np.int64)
     merge = np.array([rung.merge for rung, _ in ordered], np.int64)
-    # One row for the pooled token, and one for every M others.
-    rows_of = 1 - (1 - lengths[carriers]) // merge
+    rows_of = row_counts(lengths[carriers], merge)
     upper_starts = np.concatenate([[0], np.cumsum(rows_of)])
     place = np.arange(upper_starts[-1]) - np.repeat(upper_starts[:-1], rows_of)
     positions = place.copy()
@@ -133,7 +135,7 @@ def make_layout(
         row_starts, num_rows, absent = starts[table], lengths[table], num_tokens  # (G, N)
         if rung.merge > 1:
             flat = torch.from_numpy(lengths[table].ravel())
-            own, counts = merged_tokens(flat, rung.merge, keep_first)  # (G*N, R', M)
+            own, counts = merged_tokens(flat, rung.merge, pools_first)  # (G*N, R', M)
             num_rows = counts.numpy().reshape(table.shape)
             inside = (torch.arange(own.shape[1]) < counts[:, None]).numpy()
             own_tokens = own.numpy()
@@ -149,7 +151,7 @@ def make_layout(
         at = np.repeat(np.arange(len(table)), rows_of[index])  # (R,) composite
         own_place = place[first:last, None]
         present = own_place < num_rows[at]
-        read_at = upper_starts[index][:, None] + (num_rows * 0 if keep_first else num_rows - 1)
+        read_at = upper_starts[index][:, None] + (num_rows * 0 if pools_first else num_rows - 1)
         rungs.append(
             RungLayout(
                 rung=rung,
@@ -165,6 +167,7 @@ def make_layout(
     carrier_rows = np.repeat(starts[carriers], rows_of) + place
     return MuxLayout(
         rungs=tuple(rungs),
+        exits=tensor(exits),
         alone=tensor(carrier_rows[:num_alone]),
         positions=tensor(positions),
         places=tensor(place),
@@ -173,5 +176,5 @@ def make_layout(
         starts=torch.from_numpy(upper_starts),
         sequence_of_token=tensor(np.repeat(np.arange(len(lengths)), lengths)),
         sequence_lengths=tensor(lengths),
-        pooled_token=tensor(starts[:-1] if keep_first else starts[1:] - 1),
+        pooled_token=tensor(starts[:-1] if pools_first else starts[1:] - 1),
     )

@@ -16,7 +16,7 @@ from vllm.utils.math_utils import cdiv
 
 from revmux_vllm import checkpoint
 from revmux_vllm.engine.bundled_names import native_dtype
-from revmux_vllm.engine.plugin import ENCODERS
+from revmux_vllm.engine.plugin import WITHOUT_KV_CACHE
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -102,7 +102,7 @@ def _size_kv_cache(vllm_config: "VllmConfig") -> None:
     )
     if cache.kv_cache_memory_bytes is not None or os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
         return
-    if model.architecture in ENCODERS:
+    if model.architecture in WITHOUT_KV_CACHE:
         cache.kv_cache_memory_bytes = 1 << 20  # there is none, but vLLM would look for room
         return
     block_size = 128  # the largest that vLLM chooses by itself (platforms/cpu.py)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from revmux_vllm.backbones.base import with_no
 from revmux_vllm.engine.policy import Policy
 from revmux_vllm.rungs import Rung
 from revmux_vllm.training.data import LabelledText
@@ -39,26 +40,14 @@ class OfflineEngine:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ["VLLM_LOGGING_STREAM"] = "ext://sys.stderr"  # standard output is the report's
         try:
-            from vllm import LLM, PoolingParams
-            from vllm.entrypoints.pooling.scoring.utils import compress_token_type_ids
+            from vllm import LLM
         except ImportError as error:
             raise ValueError(
                 f"--engine: {error}; install vLLM with 'revmux-vllm[cpu]' or 'revmux-vllm[cuda]'"
             ) from error
         from revmux_vllm.engine.bundled_names import native_dtype
 
-        encoded = tokenize(tokenizer, texts, max_tokens)
-        self.prompts: list[list[int]] = encoded["input_ids"]
-        # Which text of a pair a token belongs to, where the backbone is told.
-        types = encoded.get("token_type_ids") or [[] for _ in self.prompts]
-        self.params = [
-            PoolingParams(
-                extra_kwargs={"compressed_token_type_ids": compress_token_type_ids(row)}
-                if any(row)
-                else None
-            )
-            for row in types
-        ]
+        self.prompts: list[list[int]] = tokenize(tokenizer, texts, max_tokens)["input_ids"]
         longest = max(map(len, self.prompts))
         self.llm = LLM(
             str(folder),
@@ -74,14 +63,15 @@ class OfflineEngine:
 
     def classes(self, rung: Rung, groups: Any, parts: Sequence[Any]) -> Tensor:
         """Classes (B,) at ``rung``; each of ``parts`` waits together."""
-        from vllm import TokensPrompt
+        from vllm import PoolingParams, TokensPrompt
 
         self.scheduler.policy = Policy(self.scheduler.revmux.kind(rung), by_crowd=False)
+        params = PoolingParams(use_activation=False)  # logits, as the reference compares them
         answers = torch.empty(len(self.prompts), dtype=torch.long)
         for rows in parts:
             inputs = [TokensPrompt(prompt_token_ids=self.prompts[row]) for row in rows]
-            params = [self.params[row] for row in rows]
             outputs = self.llm.classify(inputs, pooling_params=params, use_tqdm=False)
             for row, output in zip(rows, outputs, strict=True):
-                answers[row] = int(torch.tensor(output.outputs.probs).argmax())
+                logits = torch.tensor(output.outputs.probs)[None]
+                answers[row] = with_no(logits).argmax()
         return answers

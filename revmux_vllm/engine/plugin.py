@@ -16,7 +16,7 @@ MODELS = {
     for module, families in FAMILIES.items()
     for name in (f"RevMux{family}ForSequenceClassification" for family in families)
 }
-ENCODERS = tuple(name for name, path in MODELS.items() if ".decoder:" not in path)  # no KV cache
+WITHOUT_KV_CACHE = tuple(name for name, path in MODELS.items() if ".decoder:" not in path)
 
 
 def register() -> None:

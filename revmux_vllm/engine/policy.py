@@ -13,8 +13,9 @@ class Policy:
 
     Attributes:
         rungs: of the checkpoint's, those allowed at all.
-        by_crowd: a rung that saves N rows of every N needs N requests in the step; so a request on
-            its own gets the backbone's answer, also where merging needs no partner.
+        by_crowd: a rung whose one row stands for N needs N requests in the step; so a request on
+            its own gets the backbone's answer, also where merging needs no partner. ``exit`` comes
+            after the last of the others.
     """
 
     rungs: tuple[Rung, ...]
@@ -24,13 +25,15 @@ class Policy:
         """Rungs for a step of so many requests."""
         if not self.by_crowd:
             return self.rungs
-        return tuple(rung for rung in self.rungs if rung.saving <= num_requests)
+        most = max((rung.saving for rung in self.rungs if not rung.exit), default=0)
+        return tuple(r for r in self.rungs if (most + 1 if r.exit else r.saving) <= num_requests)
 
 
 def read_policy(additional_config: Any, config: RevMuxConfig) -> Policy:
     """The user's options over a checkpoint.
 
-    ``rungs``: names of those that may be used; none leaves the backbone alone. Default: all.
+    ``rungs``: names of those that may be used; none leaves the backbone alone. Default: all but
+    ``exit``, which has to be asked for.
     ``max_width``: the widest composite; 1 leaves merging alone. Default: the widest.
 
     Raises:
@@ -43,7 +46,7 @@ def read_policy(additional_config: Any, config: RevMuxConfig) -> Policy:
         raise ValueError(
             f"{where}: unknown key {', '.join(unknown)}; known are max_width and rungs"
         )
-    names = options.get("rungs", list(map(str, config.rungs)))
+    names = options.get("rungs", [str(rung) for rung in config.rungs if not rung.exit])
     if not isinstance(names, list):
         raise ValueError(f"{where}.rungs: expected a list, found {names!r}")
     try:

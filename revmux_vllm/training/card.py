@@ -23,7 +23,8 @@ def model_card(name: str, config: RevMuxConfig, num_layers: int, report: dict[st
         f"RevMUX adapters (`{config.adapter_type}`) over a frozen backbone of {num_layers} layers: "
         f"the first {config.prefill_layers} run on every sequence by itself, the others on "
         f"fewer rows ({', '.join(map(str, config.rungs))}) or on one sequence alone. `mux:N` packs "
-        "N sequences into one composite, `merge:N` makes one row of N neighbouring tokens.",
+        "N sequences into one composite, `merge:N` makes one row of N neighbouring tokens, `exit` "
+        "answers after the first layers.",
         "",
         f"Serve it: `vllm serve {name}` with `revmux-vllm` installed.",
         "",
@@ -37,10 +38,10 @@ def model_card(name: str, config: RevMuxConfig, num_layers: int, report: dict[st
             f"fixed seeds; {WINDOW} requests at a time are packed together as the server packs "
             "them. Agreement is with the backbone. Speed-up counts the arithmetic of layers, "
             f"adapters and heads at {report['mean_tokens']:.0f} tokens, the mean of these rows; "
-            "the layer limit counts the layers alone. What only merges has no spread: its answers "
-            "do not depend on company. Early exit is the rival: a small head on the hidden states "
-            "after some layer, trained and measured beside the adapters. No "
-            "rung uses it.",
+            "the layer limit counts the layers alone. What does not multiplex has no spread: its "
+            "answers do not depend on company. Early exit is the rival: a small head on the hidden "
+            "states after some layer, trained and measured beside the adapters; only one after "
+            f"layer {config.prefill_layers} can be served, as the rung `exit`.",
             "",
         ]
     return "\n".join(lines)

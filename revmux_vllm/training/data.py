@@ -40,6 +40,11 @@ class LabelledText:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def pairs(self) -> bool:
+        """Whether the texts are pairs."""
+        return isinstance(self.texts[0], tuple)
+
     def __add__(self, other: "LabelledText") -> "LabelledText":
         texts: Any = [*self.texts, *other.texts]
         return LabelledText(texts, self.labels + other.labels)

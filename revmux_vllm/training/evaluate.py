@@ -98,7 +98,6 @@ def evaluate(
     report: dict[str, Any] = {
         "backbone": scores([own], features) | {"accuracy": _share(own == features.labels)},
         "mean_tokens": sum(lengths) / len(lengths),
-        "widths": {},
         "rungs": {},
     }
     shuffles = list(windows(len(lengths), window))
@@ -109,16 +108,14 @@ def evaluate(
         groups = group_windows(parts, lengths, config.kind(rung))
         answers[rung].append((answer or reference)(rung, groups, parts))
     for rung, classes in answers.items():
-        row = {
+        report["rungs"][str(rung)] = {
             "prefill_layers": config.prefill_layers,
             "layer_limit": layer_limit(rung.saving, config.prefill_layers, backbone.num_layers),
             "speedup": costs.speedup(ladder, rung),
             "accuracy": _summary([_share(c == features.labels) for c in classes]),
             "agreement": _summary([_share(c == own) for c in classes]),
         } | scores(classes, features)
-        report["rungs"][str(rung)] = row
-        if rung.merge == 1:
-            report["widths"][str(rung.mux)] = row
+    report["widths"] = {str(n): report["rungs"][str(Rung(mux=n))] for n in config.widths}
     return report | {"early_exit": _exit_rows(exits, features, costs), "classes": list(names)}
 
 

@@ -6,31 +6,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from safetensors.torch import save as serialize
-from torch import Tensor, nn
+from torch import nn
+
+from revmux_vllm.adapters import ExitHead
 
 MOST_EXITS = 5
 # In a folder of its own: vLLM reads every safetensors file that lies beside config.json.
 EXIT_FILE = Path("early_exit") / "exits.safetensors"
-
-
-class EarlyExit(nn.Module):
-    """Three linear layers on the pooled row and the mean row of some layer."""
-
-    def __init__(self, hidden_size: int, inner_size: int, num_labels: int) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.RMSNorm(hidden_size, eps=1e-6),
-            nn.Flatten(-2),
-            nn.Linear(2 * hidden_size, inner_size),
-            nn.ReLU(),
-            nn.Linear(inner_size, inner_size),
-            nn.ReLU(),
-            nn.Linear(inner_size, num_labels),
-        )
-
-    def forward(self, skip: Tensor) -> Tensor:
-        """States (B, 2, D), as ``skip_state`` makes them, to logits (B, C)."""
-        return self.layers(skip)
 
 
 def exit_layers(prefill_layers: int, num_layers: int) -> list[int]:
@@ -45,7 +27,7 @@ def make_exits(
 ) -> nn.ModuleDict:
     """A head per layer, by the layer's number."""
     return nn.ModuleDict(
-        {str(layer): EarlyExit(hidden_size, inner_size, num_labels) for layer in layers}
+        {str(layer): ExitHead(hidden_size, inner_size, num_labels) for layer in layers}
     )
 
 

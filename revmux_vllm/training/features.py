@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 import torch
 from rich.console import Console
@@ -21,7 +20,7 @@ from rich.progress import track
 from torch import Tensor
 
 from revmux_vllm.backbones import Backbone
-from revmux_vllm.backbones.base import inside
+from revmux_vllm.backbones.base import batches_by_length, inside
 from revmux_vllm.reference import rows_at, skip_state
 from revmux_vllm.training.data import LabelledText
 
@@ -101,24 +100,18 @@ def extract(
     hidden = _buffer(int(lengths.sum()), size, overflow)
     vectors = torch.empty(len(ids), size)
     exits = torch.empty(len(ids), len(exit_layers), 2, size, dtype=torch.bfloat16)
-    order = np.argsort(-lengths.numpy(), kind="stable")
-    batches, begin = [], 0
-    while begin < len(order):
-        step = max(1, TOKENS_PER_BATCH // int(lengths[order[begin]]))
-        batches.append(order[begin : begin + step])
-        begin += step
+    batches = list(batches_by_length(lengths, TOKENS_PER_BATCH))
     seen: dict[int, Tensor] = {}
     with ExitStack() as stack:
         for layer in exit_layers:
             hook = _keep(seen, layer)
             stack.callback(backbone.layers[layer - 1].register_forward_hook(hook).remove)
-        for batch in track(
+        for index in track(
             batches, f"backbone over {len(ids):,} rows", console=Console(stderr=True)
         ):
-            index = torch.from_numpy(batch)
             own = lengths[index].to(device)
             low = backbone.lower(
-                _pad(ids, batch, device), own, None if types is None else _pad(types, batch, device)
+                _pad(ids, index, device), own, None if types is None else _pad(types, index, device)
             )
             last = rows_at(backbone.upper(low, own), backbone.output_position(own))
             vectors[index] = last.float().cpu()
@@ -126,7 +119,7 @@ def extract(
             for place, layer in enumerate(exit_layers):
                 exits[index, place] = skip_state(seen[layer], own, position).bfloat16().cpu()
             low = low.float().cpu()
-            for row, i in enumerate(batch):
+            for row, i in enumerate(index):
                 hidden[starts[i] : starts[i] + lengths[i]] = low[row, : lengths[i]]
     logits = backbone.head(vectors.to(device)).float().cpu()
     return Features(hidden, starts, lengths, vectors, logits, torch.tensor(data.labels), exits)
@@ -142,15 +135,15 @@ def _keep(seen: dict[int, Tensor], layer: int) -> Any:
 def tokenize(tokenizer: Any, data: LabelledText, max_tokens: int) -> Any:
     """Token ids of single texts or pairs, and what else the tokenizer gives; not padded."""
     texts: list[list[str]]
-    if isinstance(data.texts[0], tuple):
+    if data.pairs:
         texts = [list(side) for side in zip(*data.texts, strict=True)]
     else:
         texts = [list(map(str, data.texts))]
     return tokenizer(*texts, truncation=True, max_length=max_tokens)
 
 
-def _pad(rows: list[list[int]], batch: Any, device: torch.device) -> Tensor:
-    parts = [torch.tensor(rows[i]) for i in batch]
+def _pad(rows: list[list[int]], index: Tensor, device: torch.device) -> Tensor:
+    parts = [torch.tensor(rows[i]) for i in index]
     return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True).to(device)
 
 

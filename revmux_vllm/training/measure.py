@@ -13,7 +13,7 @@ from revmux_vllm.training.device import process_state
 from revmux_vllm.training.evaluate import evaluate
 from revmux_vllm.training.exits import load_exits
 from revmux_vllm.training.features import extract
-from revmux_vllm.training.run import label_names
+from revmux_vllm.training.run import check_pairs, label_names
 
 
 def measure(
@@ -48,6 +48,7 @@ def measure(
     texts = data.read_rows(
         rows, names, text_columns=text_columns, label_column=label_column, need_labels=True
     )
+    check_pairs(config, texts, rows)
     if window < 1:
         raise ValueError(f"--window {window}: expected at least 1")
     if max_tokens < 1:

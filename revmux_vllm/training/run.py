@@ -31,7 +31,19 @@ def label_names(hf_config: Any, label_words: Sequence[str] | None) -> list[str]:
     """Classes of a backbone in order, as a data file may name them."""
     if label_words:
         return [word.strip() for word in label_words]
+    if hf_config.num_labels == 1:  # a cross-encoder: does it fit or not
+        return ["no", "yes"]
     return [str(hf_config.id2label[i]) for i in range(hf_config.num_labels)]
+
+
+def check_pairs(config: RevMuxConfig, rows: data.LabelledText, source: str) -> None:
+    """Raise ValueError where pairs meet adapters for single texts, or the other way round."""
+    kinds = {True: "pairs of texts", False: "single texts"}
+    if rows.pairs != config.pairs:
+        raise ValueError(
+            f"{source}: {kinds[rows.pairs]}, but the adapters are trained on "
+            f"{kinds[config.pairs]}; name the columns with --text-columns"
+        )
 
 
 def train_checkpoint(
@@ -76,6 +88,8 @@ def train_checkpoint(
         raise ValueError(f"--backbone {backbone}: {error}") from None
     tokenizer = AutoTokenizer.from_pretrained(backbone)
     layers, hidden_size = hf_config.num_hidden_layers, hf_config.hidden_size
+    names = label_names(hf_config, label_words)
+    columns: dict[str, Any] = {"text_columns": text_columns, "label_column": label_column}
     config = RevMuxConfig(
         rungs=rungs,
         prefill_layers=prefill_layers if prefill_layers is not None else max(1, layers // 4),
@@ -85,12 +99,12 @@ def train_checkpoint(
         label_words=tuple(label_words) if label_words else None,
     )
     config.check_backbone(hidden_size, layers)
-    columns: dict[str, Any] = {"text_columns": text_columns, "label_column": label_column}
-    names = label_names(hf_config, label_words)
     rows = data.read_rows(train, names, **columns)
+    config = replace(config, pairs=rows.pairs)
     measured_rows = None
     if evaluation is not None:
         measured_rows = data.read_rows(evaluation, names, **columns, need_labels=True)
+        check_pairs(config, measured_rows, evaluation)
     kept, held = data.split_rows(len(rows), hold_out, seed)
     state = process_state()
     widest = max(rung.mux for rung in rungs)
@@ -197,8 +211,6 @@ def _check_task(hf_config: Any, label_words: Sequence[str] | None, max_tokens: i
             raise ValueError(f"--max-tokens {max_tokens}: the backbone takes {positions} at most")
     if label_words:
         return
-    if hf_config.num_labels < 2:
-        raise ValueError("a single label is a regression; a classifier has at least two")
     if hf_config.problem_type not in (None, "single_label_classification"):
         raise ValueError(f"problem_type {hf_config.problem_type!r}: expected one label per row")
 

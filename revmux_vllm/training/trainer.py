@@ -16,7 +16,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, Traini
 
 from revmux_vllm.adapters import AdapterLadder
 from revmux_vllm.backbones import Backbone
-from revmux_vllm.reference import demultiplex, multiplex
+from revmux_vllm.reference import demultiplex, exit_vectors, multiplex
 from revmux_vllm.training.device import on_cpu, process_state
 from revmux_vllm.training.features import Features
 from revmux_vllm.training.losses import (
@@ -80,11 +80,15 @@ class LadderModel(nn.Module):
         for rung, adapter in self.ladder.items():
             group = self._groups(lengths, rung.mux)
             own, own_lengths, rows = hidden[group], lengths[group], group.flatten()
+            target = labels[rows], teacher_logits[rows], teacher_vectors[rows]
+            if adapter.exit is not None:
+                vectors = exit_vectors(self.backbone, adapter.exit, own, own_lengths)
+                losses[f"loss_{rung}"] = self._member_loss(vectors, *target)
+                continue
             composites = multiplex(self.backbone, adapter, own, own_lengths)
             out = self.backbone.upper(
                 composites.rows, composites.lengths[:, 0], composites.positions
             )
-            target = labels[rows], teacher_logits[rows], teacher_vectors[rows]
             # A composite that has the skip must answer without it too; see ``Recipe.skip``.
             both = self.training and self.ladder.config.skip and adapter.mux is not None
             parts = [

@@ -12,36 +12,51 @@ from revmux_vllm.packing import pack
 from revmux_vllm.rungs import Rung
 
 
-def merged(length: int, factor: int, keep_first: bool) -> list[list[int]]:
+def merged(length: int, factor: int, pools_first: bool) -> list[list[int]]:
     """Tokens of every row of a sequence, the slow way."""
     tokens = list(range(length))
     if factor == 1:
         return [[token] for token in tokens]
-    pooled = [tokens.pop(0 if keep_first else -1)]
+    pooled = [tokens.pop(0 if pools_first else -1)]
     groups = [tokens[i : i + factor] for i in range(0, len(tokens), factor)]
-    return [pooled, *groups] if keep_first else [*groups, pooled]
+    return [pooled, *groups] if pools_first else [*groups, pooled]
 
 
 @given(
     lengths=st.lists(st.integers(1, 12), min_size=1, max_size=24),
     widths=st.sets(st.sampled_from([2, 3, 4, 8])),
     merges=st.lists(st.integers(1, 3), min_size=24, max_size=24),
-    keep_first=st.booleans(),
+    leaving=st.lists(st.booleans(), min_size=24, max_size=24),
+    pools_first=st.booleans(),
 )
 def test_rows_follow_the_plan(
-    lengths: list[int], widths: set[int], merges: list[int], keep_first: bool
+    lengths: list[int],
+    widths: set[int],
+    merges: list[int],
+    leaving: list[bool],
+    pools_first: bool,
 ) -> None:
-    groups = [(Rung(m, len(g)), g) for m, g in zip(merges, pack(lengths, widths), strict=False)]
+    packed = pack(lengths, widths)
+    groups = [(Rung(m, len(g)), g) for m, g in zip(merges, packed, strict=False)]
+    # Some of those that are alone exit.
+    exits = {
+        g[0]
+        for (rung, g), leaves in zip(groups, leaving, strict=False)
+        if rung == Rung() and leaves
+    }
+    all_groups = [(Rung(exit=True) if g[0] in exits else rung, g) for rung, g in groups]
+    groups = [(rung, g) for rung, g in all_groups if not rung.exit]
     starts = np.concatenate([[0], np.cumsum(lengths)])
-    layout = make_layout(groups, starts, keep_first=keep_first)
+    layout = make_layout(all_groups, starts, pools_first=pools_first)
+    assert set(layout.exits.tolist()) == exits
 
     # Of every upper row: its rung, and of every member the token rows that it takes part with.
     expected: list[tuple[Rung, int, list[list[int]]]] = []
     read: dict[int, int] = {}
     for rung, group in sorted(groups, key=lambda item: item[0]):
-        own = [merged(lengths[m], rung.merge, keep_first) for m in group]
+        own = [merged(lengths[m], rung.merge, pools_first) for m in group]
         for member, rows in zip(group, own, strict=True):
-            read[member] = len(expected) + (0 if keep_first else len(rows) - 1)
+            read[member] = len(expected) + (0 if pools_first else len(rows) - 1)
         for place in range(len(own[0])):
             rows = [
                 [int(starts[m]) + t for t in rows[place]] if place < len(rows) else []
@@ -63,7 +78,7 @@ def test_rows_follow_the_plan(
         streams = part.stream.view(-1, part.rung.mux).tolist()
         assert streams == [list(range(part.rung.mux))] * len(streams)
     assert sorted(read) == sorted(group[0] for rung, group in groups if rung == Rung())
-    pooled = starts[:-1] if keep_first else starts[1:] - 1
+    pooled = starts[:-1] if pools_first else starts[1:] - 1
     assert layout.pooled_token.tolist() == pooled.tolist()
 
 

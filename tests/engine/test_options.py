@@ -55,7 +55,7 @@ def test_a_broken_checkpoint_is_refused_before_the_engine_starts(
 
 
 def test_policy() -> None:
-    config = RevMuxConfig(parse_rungs(["mux:2", "mux:4", "merge:2"]), prefill_layers=1)
+    config = RevMuxConfig(parse_rungs(["mux:2", "mux:4", "merge:2", "exit"]), prefill_layers=1)
 
     def allowed(options: dict[str, Any], crowd: int = 64) -> list[str]:
         return list(map(str, read_policy({"revmux": options}, config).allowed(crowd)))
@@ -67,11 +67,15 @@ def test_policy() -> None:
     assert allowed({"max_width": 1}) == ["merge:2"]
     assert allowed({"rungs": ["mux:4"]}) == ["mux:4"]
     assert allowed({"rungs": []}) == []
+    # An exit has to be asked for, and comes after the last of the others.
+    assert allowed({"rungs": ["exit"]}, crowd=1) == ["exit"]
+    assert allowed({"rungs": ["mux:2", "exit"]}, crowd=2) == ["mux:2"]
+    assert allowed({"rungs": ["mux:2", "exit"]}, crowd=3) == ["exit", "mux:2"]
     for options, message in (
         ({"linger": 3}, "unknown key linger; known are max_width and rungs"),
         ({"max_width": 3}, r"max_width: expected one of \[1, 2, 4\], found 3"),
-        ({"rungs": ["mux:8"]}, "rungs: the checkpoint has no mux:8; it has mux:2, mux:4, merge:2"),
-        ({"rungs": ["x"]}, "rungs: rung 'x': expected mux:N"),
+        ({"rungs": ["mux:8"]}, "rungs: the checkpoint has no mux:8; it has exit, mux:2, mux:4"),
+        ({"rungs": ["x"]}, "rungs: rung 'x': expected exit, mux:N"),
         ({"rungs": "mux:2"}, "rungs: expected a list, found 'mux:2'"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_tiny_checkpoint, revmux, word_tokenizer, write_rows
-from tokenizers.processors import TemplateProcessing
+from conftest import make_tiny_checkpoint, revmux, save_pair_tokenizer, write_rows
 from transformers import AutoTokenizer
 
 from revmux_vllm import checkpoint
@@ -150,22 +149,22 @@ def test_the_engine_agrees_with_the_reference(trained: Path, rows: Path, window:
 
 def test_the_engine_is_told_which_text_of_a_pair_is_which(tmp_path: Path) -> None:
     """BERT adds an embedding for it; without it a good part of the answers changes."""
-    folder = make_tiny_checkpoint(tmp_path, family="bert", rungs="mux:2,merge:2")
-    tokenizer = word_tokenizer()
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing("$A:0", "$A:0 $B:1")
-    tokenizer.save_pretrained(folder)
-    settings = json.loads((folder / "tokenizer_config.json").read_text())
-    settings["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    folder = make_tiny_checkpoint(tmp_path, family="bert", rungs="mux:2,merge:2", pairs=True)
+    save_pair_tokenizer(folder)
     rng, pairs, joined = random.Random(0), "label\ttext_a\ttext_b\n", "label\ttext\n"
     for _ in range(48):
         label, size = rng.randrange(3), rng.randint(1, 9)
-        a, b = (" ".join(f"w{rng.randrange(1, 300)}" for _ in range(size)) for _ in range(2))
+        a, b = (" ".join(f"w{rng.randrange(3, 300)}" for _ in range(size)) for _ in range(2))
         pairs += f"{label}\t{a}\t{b}\n"
-        joined += f"{label}\t{a} {b}\n"
+        joined += f"{label}\t{a} w2 {b}\n"
     (tmp_path / "pairs.tsv").write_text(pairs)
     (tmp_path / "joined.tsv").write_text(joined)
     reference, engine = through_both(f"eval {folder} --eval {tmp_path / 'pairs.tsv'}")
     assert engine == reference
-    untold = json.loads(revmux(f"eval {folder} --eval {tmp_path / 'joined.tsv'} --json").stdout)
+    single = f"eval {folder} --eval {tmp_path / 'joined.tsv'} --json"
+    assert "single texts, but the adapters are trained on pairs of texts" in revmux(single).output
+    values = json.loads((folder / "config.json").read_text())
+    values["revmux"]["pairs"] = False
+    (folder / "config.json").write_text(json.dumps(values))
+    untold = json.loads(revmux(single).stdout)
     assert untold["rungs"]["merge:2"]["confusion"] != reference["merge:2"]["confusion"]

@@ -28,6 +28,7 @@ MERGE_KEYS = {"merger.norm.weight", "refiner.norm.weight", "refiner.skip_norm.we
     for part in ("merger.score", *(f"{m}.correction.{i}" for m in MERGED for i in (0, 2)))
     for p in WB
 }
+EXIT_KEYS = {"layers.0.weight"} | {f"layers.{i}.{p}" for i in (2, 4, 6) for p in WB}
 KEYS = {
     "revmux": MIXED | UP,
     "ora": MIXED | UP,
@@ -44,14 +45,16 @@ def keys_of_width_4(folder: Path) -> set[str]:
 
 
 def test_the_folder_is_a_checkpoint(trained: Path) -> None:
-    assert list(map(str, checkpoint.validate(trained).rungs)) == ["mux:2", "mux:4", "merge:2"]
+    rungs = ["exit", "mux:2", "mux:4", "merge:2"]
+    assert list(map(str, checkpoint.validate(trained).rungs)) == rungs
     tensors = load_file(trained / checkpoint.ADAPTER_FILE)
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
     assert keys_of_width_4(trained) == KEYS["revmux"] | {"skip_norm.weight"}
     assert {k.removeprefix("revmux.merge:2.") for k in tensors if "merge:2." in k} == MERGE_KEYS
     card = (trained / "README.md").read_text()
     assert "early exit after layer 1" in card
-    assert checkpoint.read_report(trained)["rungs"].keys() == {"mux:2", "mux:4", "merge:2"}
+    assert {k.removeprefix("revmux.exit.exit.") for k in tensors if "exit." in k} == EXIT_KEYS
+    assert list(checkpoint.read_report(trained)["rungs"]) == rungs
     assert (trained / "accuracy.png").read_bytes().startswith(b"\x89PNG")
     log = [json.loads(line) for line in (trained / "training-log.jsonl").read_text().splitlines()]
     assert any("eval_loss" in line for line in log)
@@ -168,7 +171,7 @@ def test_a_stopped_training_resumes(
     ("change", "message"),
     [
         ("--rungs mux:2,mux:5", "5 does not divide"),
-        ("--rungs mux:two", "--rungs: rung 'mux:two': expected mux:N, merge:N or merge:N+mux:N"),
+        ("--rungs mux:two", "--rungs: rung 'mux:two': expected exit, mux:N, merge:N or"),
         ("--widths 2", "--rungs and --widths: give one of them"),
         ("--prefill-layers 4", "fewer than the backbone's 4 layers"),
         ("--batch-size 3", "expected at least the widest width 4"),
@@ -220,7 +223,7 @@ def test_two_processes_share_a_training(train: Train, tmp_path: Path) -> None:
 def test_widths_are_short_for_rungs() -> None:
     assert _rungs(None, "4,2") == parse_rungs(["mux:2", "mux:4"])
     assert _rungs(None, None) == parse_rungs(DEFAULT_RUNGS.split(","))
-    with pytest.raises(ValueError, match="--widths two: rung 'mux:two': expected mux:N"):
+    with pytest.raises(ValueError, match="--widths two: rung 'mux:two': expected exit, mux:N"):
         _rungs(None, "two")
 
 

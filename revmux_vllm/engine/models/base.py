@@ -25,6 +25,18 @@ from revmux_vllm.backbones import label_tokens
 from revmux_vllm.config import RevMuxConfig
 from revmux_vllm.engine.attention import composite_attention_backend, enter_upper_layers
 from revmux_vllm.engine.layout import MuxLayout
+from revmux_vllm.rungs import Rung
+
+
+def classify_pooler(
+    vllm_config: VllmConfig, classifier: Any, pooling: Any = None
+) -> DispatchPooler:
+    """vLLM's pooler for ``classify``, and for nothing by token: of members one row is known."""
+    config = vllm_config.model_config.pooler_config
+    assert config is not None
+    return DispatchPooler(
+        {"classify": pooler_for_classify(config, pooling=pooling, classifier=classifier)}
+    )
 
 
 class RevMuxForSequenceClassification(nn.Module, SupportsQuant):
@@ -34,7 +46,8 @@ class RevMuxForSequenceClassification(nn.Module, SupportsQuant):
         pools_first: the pooled token is a sequence's first one; else it is the last.
         weights_mapper: vLLM's own for the backbone's layers.
         word_tokens: tokens of the label words, whose rows of the LM head are ``score``; or empty.
-        lower: token ids and positions to hidden states; has ``embed_input_ids``.
+        lower: token ids and positions to hidden states; has ``embed_input_ids``. A family whose
+            trunks are no modules overrides ``run_lower``, ``run_upper`` and ``embed_input_ids``.
         upper: rows and positions to final states.
         pooler: vLLM's.
         embeddings_name: of the token embeddings in the backbone's checkpoint; they are the LM head
@@ -43,6 +56,7 @@ class RevMuxForSequenceClassification(nn.Module, SupportsQuant):
     """
 
     is_pooling_model: ClassVar[bool] = True
+    score_type: ClassVar[str] = "cross-encoder"  # /score and /rerank, where there is one label
     # A composite must run whole, as an encoder's sequence must; see engine/model_config.py.
     attn_type: ClassVar[str] = "encoder_only"
     pools_first: ClassVar[bool] = False
@@ -81,7 +95,7 @@ class RevMuxForSequenceClassification(nn.Module, SupportsQuant):
             )
 
     def build(self, vllm_config: VllmConfig, prefill_layers: int) -> list[Any]:
-        """Set ``lower``, ``upper`` and ``pooler``; return the attentions of the upper layers."""
+        """Set the layers, the head and ``pooler``; return the attentions of the upper layers."""
         raise NotImplementedError
 
     def build_score(self, vllm_config: VllmConfig) -> None:
@@ -95,11 +109,7 @@ class RevMuxForSequenceClassification(nn.Module, SupportsQuant):
             return_bias=False,
             prefix="score",
         )
-        pooler_config = model_config.pooler_config
-        assert pooler_config is not None
-        self.pooler = DispatchPooler(
-            {"classify": pooler_for_classify(pooler_config, classifier=self.score)}
-        )
+        self.pooler = classify_pooler(vllm_config, self.score)
 
     def own_name(self, name: str) -> str:
         """Name in the backbone's checkpoint to name here; empty for what is not needed."""
@@ -120,15 +130,33 @@ class RevMuxForSequenceClassification(nn.Module, SupportsQuant):
         positions: Tensor,
         intermediate_tensors: None = None,
         inputs_embeds: None = None,
+        token_type_ids: Tensor | None = None,
     ) -> Tensor:
         """Hidden states (num_tokens, D); of a composite's member only the pooled row is set."""
-        hidden: Tensor = self.lower(input_ids, positions)
         layout = enter_upper_layers(self.upper_layer_names)
+        self.mark_token_types(input_ids, token_type_ids, layout)
+        hidden = self.run_lower(input_ids, positions, layout)
         if layout is None:
-            final: Tensor = self.upper(hidden, positions)
-            return final
-        out = self.upper(self.multiplex(hidden, layout), layout.positions)
+            return self.run_upper(hidden, positions, None)
+        out = hidden[:0]
+        if layout.num_rows:  # not where all exit
+            out = self.run_upper(self.multiplex(hidden, layout), layout.positions, layout)
         return self.demultiplex(out, hidden, layout)
+
+    def mark_token_types(
+        self, input_ids: Tensor, token_type_ids: Tensor | None, layout: MuxLayout | None
+    ) -> None:
+        """Write into ``input_ids`` which text of a pair each token is of; here nothing is."""
+
+    def run_lower(self, input_ids: Tensor, positions: Tensor, layout: MuxLayout | None) -> Tensor:
+        """Tokens to prefill states (num_tokens, D); ``layout`` is None while vLLM profiles."""
+        hidden: Tensor = self.lower(input_ids, positions)
+        return hidden
+
+    def run_upper(self, rows: Tensor, positions: Tensor, layout: MuxLayout | None) -> Tensor:
+        """Upper rows (U, D) to final states (U, D)."""
+        out: Tensor = self.upper(rows, positions)
+        return out
 
     def multiplex(self, hidden: Tensor, layout: MuxLayout) -> Tensor:
         """Token rows (num_tokens, D) to upper rows (U, D)."""
@@ -151,7 +179,7 @@ class RevMuxForSequenceClassification(nn.Module, SupportsQuant):
         """Upper rows (U, D) back to token rows (num_tokens, D), each at its owner's place."""
         result = torch.zeros_like(hidden)
         result[layout.alone] = out[: len(layout.alone)]
-        if not layout.rungs:
+        if not layout.rungs and not len(layout.exits):
             return result
         lengths = layout.sequence_lengths
         # Summed in float32 as the reference does; in half precision the order would show.
@@ -163,6 +191,10 @@ class RevMuxForSequenceClassification(nn.Module, SupportsQuant):
             adapter = self.adapters[part.rung]
             vectors = adapter.read(out[part.read_at], part.stream, skip[part.sequence])
             result[layout.pooled_token[part.sequence]] = vectors
+        if len(layout.exits):
+            exit_head = self.adapters[Rung(exit=True)].exit
+            assert exit_head is not None
+            result[layout.pooled_token[layout.exits]] = exit_head(skip[layout.exits])
         return result
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
@@ -177,10 +209,10 @@ class RevMuxForSequenceClassification(nn.Module, SupportsQuant):
             if name.startswith(checkpoint.KEY_PREFIX):
                 yield "adapters." + name.removeprefix(checkpoint.KEY_PREFIX), weight
                 continue
-            if name in ("lm_head.weight", self.embeddings_name):
+            if self.word_tokens and name in ("lm_head.weight", self.embeddings_name):
                 rows[name] = weight[self.word_tokens]
             if own := self.own_name(name):
                 yield own, weight
         if self.word_tokens:
-            words = rows.get("lm_head.weight", rows[self.embeddings_name])
-            yield "score.weight", words * self.words_scale
+            name = "lm_head.weight" if "lm_head.weight" in rows else self.embeddings_name
+            yield "score.weight", rows[name] * self.words_scale

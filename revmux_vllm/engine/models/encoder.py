@@ -2,11 +2,12 @@
 
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
+from transformers import AutoTokenizer
 from vllm.compilation.backends import set_model_tag
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
-from vllm.model_executor.layers.pooler import DispatchPooler
 from vllm.model_executor.models.bert import (
     TOKEN_TYPE_SHIFT,
     BertEmbedding,
@@ -17,7 +18,8 @@ from vllm.model_executor.models.bert import (
 )
 from vllm.model_executor.models.roberta import RobertaClassificationHead, RobertaEmbedding
 
-from revmux_vllm.engine.models.base import RevMuxForSequenceClassification
+from revmux_vllm.engine.layout import MuxLayout
+from revmux_vllm.engine.models.base import RevMuxForSequenceClassification, classify_pooler
 
 
 @support_torch_compile
@@ -71,6 +73,14 @@ def _layers(vllm_config: VllmConfig, indices: range) -> nn.ModuleDict:
     )
 
 
+def second_texts(input_ids: Tensor, separator: int, layout: MuxLayout) -> Tensor:
+    """Token types (num_tokens,) of pairs: 1 behind the first separator of a sequence, else 0."""
+    is_separator = (input_ids == separator).int()
+    before = is_separator.cumsum(0, dtype=torch.int32) - is_separator
+    starts = layout.sequence_lengths.cumsum(0) - layout.sequence_lengths
+    return (before > before[starts][layout.sequence_of_token]).int()
+
+
 class RevMuxBertForSequenceClassification(RevMuxForSequenceClassification):
     """Read through the backbone's own pooler."""
 
@@ -82,6 +92,12 @@ class RevMuxBertForSequenceClassification(RevMuxForSequenceClassification):
     weights_mapper = BertPoolingModel.hf_to_vllm_mapper
 
     def build(self, vllm_config: VllmConfig, prefill_layers: int) -> list[Any]:
+        model_config = vllm_config.model_config
+        # Between the texts of a pair; None where texts come singly, or types are not told apart.
+        self.separator: int | None = None
+        if self.revmux.pairs and model_config.hf_config.type_vocab_size > 1:
+            tokenizer = AutoTokenizer.from_pretrained(model_config.tokenizer)
+            self.separator = tokenizer.sep_token_id
         with set_model_tag("revmux_lower"):
             self.lower = LowerTrunk(
                 vllm_config=vllm_config,
@@ -102,27 +118,17 @@ class RevMuxBertForSequenceClassification(RevMuxForSequenceClassification):
             model_config.hf_config.num_labels,
             dtype=model_config.head_dtype,
         )
-        pooler_config = model_config.pooler_config
-        assert pooler_config is not None
-        self.pooler = DispatchPooler.for_seq_cls(
-            pooler_config, pooling=self.first_token, classifier=self.classifier
-        )
+        self.pooler = classify_pooler(vllm_config, self.classifier, self.first_token)
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        positions: Tensor,
-        intermediate_tensors: None = None,
-        inputs_embeds: None = None,
-        token_type_ids: Tensor | None = None,
-    ) -> Tensor:
-        """Hidden states (num_tokens, D); of a composite's member only the pooled row is set."""
-        if (
-            token_type_ids is not None
-        ):  # of pairs; they ride in a high bit, as vLLM's own BERT has it
+    def mark_token_types(
+        self, input_ids: Tensor, token_type_ids: Tensor | None, layout: MuxLayout | None
+    ) -> None:
+        """They ride in a high bit of the ids, as vLLM's own BERT has it."""
+        if self.separator is not None and layout is not None:
+            token_type_ids = second_texts(input_ids, self.separator, layout)
+        if token_type_ids is not None:
             assert self.lower.embeddings.word_embeddings.num_embeddings < (1 << TOKEN_TYPE_SHIFT)
             _encode_token_type_ids(input_ids, token_type_ids)
-        return super().forward(input_ids, positions)
 
     def own_name(self, name: str) -> str:
         if name.startswith(f"{self.trunk_name}.encoder.layer."):
@@ -141,7 +147,5 @@ class RevMuxRobertaForSequenceClassification(RevMuxBertForSequenceClassification
 
     def build_head(self, vllm_config: VllmConfig) -> None:
         """Set the head's modules, under the names of the backbone's checkpoint, and ``pooler``."""
-        pooler_config = vllm_config.model_config.pooler_config
-        assert pooler_config is not None
         self.classifier = RobertaClassificationHead(vllm_config.model_config)
-        self.pooler = DispatchPooler.for_seq_cls(pooler_config, classifier=self.classifier)
+        self.pooler = classify_pooler(vllm_config, self.classifier)

@@ -6,7 +6,7 @@ upper part and one decoder step on composites. Nothing is kept between steps. On
 stands in the model, unused, because the step's layout comes with attention metadata.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,13 +16,12 @@ from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import EncoderOnlyAttention
 from vllm.model_executor.models.utils import WeightsMapper
 
-from revmux_vllm.backbones.base import inside
+from revmux_vllm.backbones.base import batches_by_length, inside
 from revmux_vllm.backbones.t5 import T5Backbone
-from revmux_vllm.engine.attention import enter_upper_layers
+from revmux_vllm.engine.layout import MuxLayout
 from revmux_vllm.engine.models.base import RevMuxForSequenceClassification
 
 TOKENS_PER_BATCH = 8192
-SHORTEST = 0.8  # of a batch's longest sequence; what is shorter waits for the next batch
 
 
 class RevMuxT5ForSequenceClassification(RevMuxForSequenceClassification):
@@ -50,66 +49,44 @@ class RevMuxT5ForSequenceClassification(RevMuxForSequenceClassification):
         embedded: Tensor = self.t5.shared(input_ids)
         return embedded
 
-    @torch.no_grad()
-    def forward(
-        self,
-        input_ids: Tensor,
-        positions: Tensor,
-        intermediate_tensors: None = None,
-        inputs_embeds: None = None,
-    ) -> Tensor:
-        """Hidden states (num_tokens, D), of which only pooled rows are set."""
+    def run_lower(self, input_ids: Tensor, positions: Tensor, layout: MuxLayout | None) -> Tensor:
         (cut,) = self._cut
-        layout = enter_upper_layers(self.upper_layer_names)
-        if layout is None:  # profiling: any sequences will do
-            lengths = torch.arange(len(input_ids)).div(64, rounding_mode="floor").bincount()
-            return _by_length(cut.lower, input_ids, lengths, positions)
-        hidden = _by_length(cut.lower, input_ids, layout.sequence_lengths.cpu(), positions)
+        lengths = _some_lengths(input_ids) if layout is None else layout.sequence_lengths.cpu()
+        return _by_length(cut.lower, input_ids, lengths)
 
-        def decided(rows: Tensor, lengths: Tensor) -> Tensor:
-            return cut.upper(rows, lengths).expand(-1, rows.shape[1], -1)
+    def run_upper(self, rows: Tensor, positions: Tensor, layout: MuxLayout | None) -> Tensor:
+        (cut,) = self._cut
 
-        rows = self.multiplex(hidden, layout)
-        out = _by_length(decided, rows, layout.starts.diff(), positions)
-        return self.demultiplex(out, hidden, layout)
+        def decided(padded: Tensor, lengths: Tensor) -> Tensor:
+            return cut.upper(padded, lengths).expand(-1, padded.shape[1], -1)
+
+        lengths = _some_lengths(rows) if layout is None else layout.starts.diff()
+        return _by_length(decided, rows, lengths)
 
 
-def _by_length(
-    run: Callable[[Tensor, Tensor], Tensor], rows: Tensor, lengths: Tensor, like: Tensor
-) -> Tensor:
+def _some_lengths(rows: Tensor) -> Tensor:
+    """For profiling, which has no sequences."""
+    return torch.arange(len(rows)).div(64, rounding_mode="floor").bincount()
+
+
+def _by_length(run: Callable[[Tensor, Tensor], Tensor], rows: Tensor, lengths: Tensor) -> Tensor:
     """``run`` over sequences that lie one after the other in ``rows``, padded in batches.
 
     Args:
         run: padded rows (B, T, ...) and lengths (B,) to (B, T, D).
         rows: (total rows, ...).
         lengths: (B,) on the CPU.
-        like: on the device of ``rows``.
     """
     starts = lengths.cumsum(0) - lengths
     result: Tensor | None = None
-    for batch in _batches(lengths):
+    for batch in batches_by_length(lengths, TOKENS_PER_BATCH):
         own = lengths[batch]
         there = inside(own, int(own.max()))  # (b, T)
         index = (starts[batch, None] + torch.arange(there.shape[1])) * there
-        index, there = index.to(like.device), there.to(like.device)
-        out = run(rows[index], own.to(like.device))
+        index, there = index.to(rows.device), there.to(rows.device)
+        out = run(rows[index], own.to(rows.device))
         if result is None:
             result = out.new_zeros(len(rows), out.shape[-1])
         result[index[there]] = out[there]
     assert result is not None
     return result
-
-
-def _batches(lengths: Tensor) -> Iterator[Tensor]:
-    """Sequences of similar length, longest first."""
-    order = lengths.argsort(descending=True)
-    begin = 0
-    for end in range(1, len(order) + 1):
-        longest = int(lengths[order[begin]])
-        full = end < len(order) and (
-            (end - begin + 1) * longest > TOKENS_PER_BATCH
-            or int(lengths[order[end]]) < SHORTEST * longest - 4
-        )
-        if full or end == len(order):
-            yield order[begin:end]
-            begin = end

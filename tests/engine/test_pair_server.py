@@ -1,0 +1,93 @@
+"""A cross-encoder over HTTP: pairs, one label, and the endpoints that vLLM has for it."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+from conftest import make_tiny_checkpoint, save_pair_tokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from revmux_vllm.local_server import LocalServer
+
+QUERY = "w7 w8 w9"
+DOCUMENTS = ["w10 w11", "w12", "w13 w14 w15 w16", "w17 w7"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = make_tiny_checkpoint(
+        tmp_path_factory.mktemp("pairs"),
+        family="bert",
+        rungs="mux:4,merge:2",
+        num_labels=1,
+        pairs=True,
+    )
+    save_pair_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def client(folder: Path) -> Iterator[httpx.Client]:
+    extra = ("--served-model-name", "pairs", "--enforce-eager", "--dtype", "float32")
+    # The exact answer for every request, so that transformers' own is the one to expect.
+    options = ("--additional-config", '{"revmux": {"rungs": []}}')
+    with LocalServer(str(folder), extra_args=(*extra, *options)) as server:
+        server.wait_ready(300)
+        with httpx.Client(base_url=server.base_url, timeout=60) as client:
+            yield client
+
+
+@pytest.fixture(scope="module")
+def expected(folder: Path) -> list[float]:
+    """Transformers' own answers, token types and all."""
+    model = AutoModelForSequenceClassification.from_pretrained(folder.parent / "backbone").eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    with torch.no_grad():
+        logits = [
+            model(**tokenizer(QUERY, document, return_tensors="pt")).logits
+            for document in DOCUMENTS
+        ]
+        untold = model(tokenizer(QUERY, DOCUMENTS[0], return_tensors="pt")["input_ids"]).logits
+    assert abs(logits[0] - untold) > 1e-2, "the token types no longer matter"
+    return torch.cat(logits).sigmoid().flatten().tolist()
+
+
+def ask(client: httpx.Client, path: str, **body: object) -> httpx.Response:
+    return client.post(path, json={"model": "pairs", **body})
+
+
+def test_score(client: httpx.Client, expected: list[float]) -> None:
+    response = ask(client, "/score", text_1=QUERY, text_2=DOCUMENTS).raise_for_status()
+    scores = [row["score"] for row in response.json()["data"]]
+    assert scores == pytest.approx(expected, abs=1e-5)
+
+
+def test_rerank(client: httpx.Client, expected: list[float]) -> None:
+    response = ask(client, "/rerank", query=QUERY, documents=DOCUMENTS).raise_for_status()
+    ranked = response.json()["results"]
+    order = sorted(range(len(DOCUMENTS)), key=lambda i: -expected[i])
+    assert [row["index"] for row in ranked] == order
+    assert [row["relevance_score"] for row in ranked] == pytest.approx(
+        sorted(expected, reverse=True), abs=1e-5
+    )
+
+
+@pytest.mark.parametrize("path", ["/classify", "/pooling"])
+def test_a_pair_as_one_text_with_the_separator(
+    path: str, client: httpx.Client, expected: list[float]
+) -> None:
+    texts = [f"{QUERY} w2 {document}" for document in DOCUMENTS]
+    rows = ask(client, path, input=texts).raise_for_status().json()["data"]
+    answers = [row["probs" if path == "/classify" else "data"] for row in rows]
+    assert answers == [pytest.approx([score], abs=1e-5) for score in expected]
+
+
+def test_what_cannot_be_answered_is_refused(client: httpx.Client) -> None:
+    too_long = ask(client, "/classify", input=" ".join(["w9"] * 600))
+    assert too_long.status_code == 400
+    assert "maximum context length" in too_long.text or "longer than" in too_long.text
+    assert ask(client, "/score", text_1=QUERY).status_code in (400, 422)
+    assert ask(client, "/classify", input=[[QUERY, "w10"]]).status_code in (400, 422)
+    assert ask(client, "/classify", input=QUERY).status_code == 200, "it still answers"

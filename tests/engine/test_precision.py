@@ -1,0 +1,73 @@
+"""Backbones in fewer bits: the adapters stay as they are, and the answers stay near the reference.
+
+Wrong company changes a probability by 0.3 on average, far more than any tolerance here.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import RecordingEngine, make_tiny_checkpoint
+from safetensors.torch import load_file, save_file
+from test_parity import ALL, BOTH, MUX, check, reference_of
+
+from revmux_vllm import checkpoint
+
+# The reference itself, computed in bfloat16, differs from float32 by up to 0.05 on these batches;
+# the engine's kernels round elsewhere.
+BFLOAT16_TOLERANCE = 0.15
+# Activations are rounded to int8 in every layer, row by row.
+INT8_TOLERANCE = 0.15
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_bfloat16(family: str, tmp_path: Path, make_engine: Callable[..., RecordingEngine]) -> None:
+    folder = make_tiny_checkpoint(tmp_path, family=family, rungs=ALL)
+    engine, reference = make_engine(folder, dtype="bfloat16"), reference_of(folder)
+    for kind in (MUX, BOTH):
+        check(engine, reference, kind, BFLOAT16_TOLERANCE)
+
+
+def quantize(backbone: Path) -> None:
+    """Weights to int8 by channel, activations by token while running: compressed-tensors' W8A8.
+
+    Written by hand, since the tools that make such folders want a calibration run and a hub.
+    """
+    state = {}
+    for name, weight in load_file(backbone / "model.safetensors").items():
+        if not name.endswith("_proj.weight"):
+            state[name] = weight
+            continue
+        scale = weight.abs().amax(1, keepdim=True) / 127
+        state[name] = (weight / scale).round().to(torch.int8)
+        state[f"{name}_scale"] = scale
+    save_file(state, backbone / "model.safetensors", {"format": "pt"})
+    config = json.loads((backbone / "config.json").read_text())
+    eight = {"num_bits": 8, "type": "int", "symmetric": True}
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "quantization_status": "compressed",
+        "ignore": ["lm_head", "score"],
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": eight | {"strategy": "channel", "dynamic": False},
+                "input_activations": eight | {"strategy": "token", "dynamic": True},
+            }
+        },
+    }
+    (backbone / "config.json").write_text(json.dumps(config))
+
+
+def test_int8(tmp_path: Path, make_engine: Callable[..., RecordingEngine]) -> None:
+    """The reference is transformers' reading of the same folder, activations left in float32."""
+    ladder = checkpoint.load_adapters(make_tiny_checkpoint(tmp_path, rungs=ALL))
+    quantize(tmp_path / "backbone")
+    folder = tmp_path / "int8"
+    checkpoint.save(folder, ladder, tmp_path / "backbone", "# int8\n", bundle_backbone=True)
+    engine, reference = make_engine(folder), reference_of(folder)
+    for kind in (MUX, BOTH):
+        check(engine, reference, kind, INT8_TOLERANCE)
