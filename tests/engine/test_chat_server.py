@@ -1,4 +1,4 @@
-"""A language model that answers with label words, asked in messages: the template is vLLM's matter."""
+"""A language model that answers with label words, asked in messages; vLLM applies the template."""
 
 import json
 from pathlib import Path
