@@ -22,15 +22,15 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from revmux_vllm.training.plot import plot_frontier
+from revmux_vllm.training.plot import best_exits, plot_frontier
 
 ROOT = Path(__file__).resolve().parent.parent
 # Names of the classes (words for the T5) and epochs of MiniLM's fine-tuning.
 TASKS = {
     "sst2": ("negative,positive", 1),
     "mrpc": ("different,same", 3),
-    "rte": ("yes,no", 8),
-    "qnli": ("yes,no", 3),
+    "rte": ("yes,no", 3),
+    "qnli": ("yes,no", 1),
 }
 STUDENTS = {"llama": ["--layers", "12"], "t5": ["--layers", "6"]}
 CONTENDERS = {
@@ -85,22 +85,22 @@ class Ladders:
             run(script, "student", *where, "--teacher", teacher, *options, *STUDENTS[self.family])
         return folder
 
-    def training_rows(self, most: int | None) -> Path:
-        """The file of training rows, or an even sample of ``most`` of them."""
-        whole = self.data / self.task / "train.tsv"
-        if most is None:
+    def rows(self, part: str, most: int | None) -> Path:
+        """The file of train or dev rows, or an even sample of ``most`` of them."""
+        whole = self.data / self.task / f"{part}.tsv"
+        header, *rows = whole.read_text(encoding="utf-8").splitlines(keepends=True)
+        if most is None or most >= len(rows):
             return whole
-        sample = self.work / f"{self.task}-{most}.tsv"
-        if not sample.is_file():
-            header, *rows = whole.read_text(encoding="utf-8").splitlines(keepends=True)
-            step = max(1.0, len(rows) / most)
-            kept = [rows[int(i * step)] for i in range(min(most, len(rows)))]
-            self.work.mkdir(parents=True, exist_ok=True)
-            sample.write_text(header + "".join(kept), encoding="utf-8")
+        sample = self.work / f"{self.task}-{part}-{most}.tsv"
+        kept = [rows[i * len(rows) // most] for i in range(most)]
+        sample.parent.mkdir(parents=True, exist_ok=True)
+        sample.write_text(header + "".join(kept), encoding="utf-8")
         return sample
 
-    def train(self, contender: str, cut: int, rows: Path, rungs: str, options: list[str]) -> None:
-        """Train one ladder on ``rows``, unless it was before."""
+    def train(
+        self, contender: str, cut: int, rows: Path, dev: Path, rungs: str, options: list[str]
+    ) -> None:
+        """Train one ladder on ``rows`` and measure it on ``dev``, unless it was before."""
         name = f"{contender}_l={cut}_{rows.stem}_{rungs}"
         folder = self.root / name.replace(", ", "-").replace(",", "-").replace(":", "")
         if (folder / "report.json").is_file():
@@ -108,7 +108,7 @@ class Ladders:
         words = ["--label-words", TASKS[self.task][0]] if self.family == "t5" else []
         resume = ["--resume"] if (folder / "trainer" / "options.json").is_file() else []
         where = ["--backbone", self.backbone(), "--output", folder, "--prefill-layers", cut]
-        files = ["--train", rows, "--eval", self.data / self.task / "dev.tsv", "--rungs", rungs]
+        files = ["--train", rows, "--eval", dev, "--rungs", rungs]
         more = [*CONTENDERS[contender], *words, *options, *resume]
         run("-m", "revmux_vllm.cli", "train", *where, *files, *map(str, more))
 
@@ -137,15 +137,6 @@ def rows_of(
         early = early_exit_at(exits, report["backbone"]["accuracy"], row["speedup"])
         rows.append(shared | {"rung": rung, "early_exit": early} | kept)
     return rows
-
-
-def best_exits(reports: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
-    """The most accurate early exit of each layer: whatever recipe trained it, it is the rival."""
-    best: dict[int, dict[str, Any]] = {}
-    for report in reports:
-        for row in report["early_exit"]:
-            best[row["layer"]] = max(best.get(row["layer"], row), row, key=lambda r: r["accuracy"])
-    return best
 
 
 def early_exit_at(
@@ -179,6 +170,9 @@ def main(
         int | None,
         typer.Option(help="Train adapters on a sample of so many rows; backbones see all."),
     ] = None,
+    most_dev_rows: Annotated[
+        int | None, typer.Option(help="Measure on a sample of so many rows.")
+    ] = None,
     student_epochs: Annotated[float, typer.Option(help="Of LLaMA and T5 backbones.")] = 5.0,
     more: Annotated[str, typer.Option(help="More options for `revmux train`.")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="JSON on standard output.")] = False,
@@ -187,16 +181,18 @@ def main(
     result: list[dict[str, Any]] = []
     for family, task in itertools.product(families.split(","), tasks.split(",")):
         ladders = Ladders(data, work, family, task, student_epochs)
-        rows = ladders.training_rows(most_rows)
+        rows, dev = ladders.rows("train", most_rows), ladders.rows("dev", most_dev_rows)
         for cut, name in itertools.product(
             map(int, prefill_layers.split(",")), contenders.split(";")
         ):
             paper = "paper" in name
             own = [r for r in rungs.split(",") if not paper or r.startswith("mux:")]
+            if not own:
+                continue
             options = ["--epochs", str(2 * epochs if paper else epochs), *more.split()]
-            ladders.train(name, cut, rows, ",".join(own), options)
+            ladders.train(name, cut, rows, dev, ",".join(own), options)
         reports = ladders.reports()
-        exits = best_exits(list(reports.values()))
+        exits = best_exits(reports.values())
         for name, report in reports.items():
             result += rows_of(ladders, name, report, exits)
         plot_frontier(reports, work / f"{family}-{task}.png", f"{task}, {family}")

@@ -1,7 +1,7 @@
 """Engine-only throughput against plain vLLM on the same backbone, in the same run.
 
 Plain vLLM and every multiplexed configuration classify the same prompts in turn, in alternating
-order; each ratio compares two neighbours in time. No HTTP and no tokenising: prompts are token
+order; each ratio compares the two of one round. No HTTP and no tokenising: prompts are token
 ids. Schedulers run in this process, so that one engine serves several rungs.
 
     python benchmarks/offline.py                              12 layers, D=768, random weights
@@ -137,13 +137,13 @@ class BatchedT5:
 
     BATCH = 32
 
-    def __init__(self, shape: dict[str, Any]) -> None:
+    def __init__(self, shape: dict[str, Any], dtype: str) -> None:
         import torch
         from transformers import T5Config, T5ForConditionalGeneration
 
         torch.set_num_threads(1)
         config = T5Config(**shape | {"is_encoder_decoder": True})
-        self.model = T5ForConditionalGeneration(config).eval()
+        self.model = T5ForConditionalGeneration(config).to(getattr(torch, dtype)).eval()
 
     def rate(self, prompts: list[list[int]], rung: None) -> float:
         """Requests per second; prompts of similar length share a batch."""
@@ -181,13 +181,20 @@ def main(
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ["VLLM_LOGGING_STREAM"] = "ext://sys.stderr"  # standard output is the report's
+    if family not in SHAPES:
+        raise typer.BadParameter(f"--family {family}: expected {', '.join(SHAPES)}")
     console = Console(stderr=True)
     rng = random.Random(0)
     with tempfile.TemporaryDirectory() as scratch:
         if model:
             folder = bundled.resolve(model)
             config, values = checkpoint.read_config(folder)
-            layers, cuts = values["num_hidden_layers"], (config.prefill_layers,)
+            if config.label_words:
+                raise typer.BadParameter(
+                    "--model: label words; vLLM alone cannot serve that backbone"
+                )
+            _, layers = checkpoint.backbone_shape(values)
+            cuts: tuple[int, ...] = (config.prefill_layers,)
             configurations = [(rung, config.prefill_layers) for rung in config.rungs]
             folders = {config.prefill_layers: folder}
             prompts = text_prompts(folder, texts, requests)
@@ -200,6 +207,8 @@ def main(
         if rungs:
             wanted = parse_rungs(rungs.split(","))
             configurations = [own for own in configurations if own[0] in wanted]
+            if not configurations:
+                raise typer.BadParameter(f"--rungs {rungs}: none of {', '.join(map(str, RUNGS))}")
             cuts = tuple(dict.fromkeys(cut for _, cut in configurations))
         plain_name = values["architectures"][0].removeprefix("RevMux")
         has_plain = not plain_name.startswith("T5")
@@ -216,7 +225,7 @@ def main(
                 plain = Engine(plain_model, plain_name, not model, dtype)
                 contenders.append(("plain", plain, None))
             else:
-                contenders.append(("transformers", BatchedT5(values), None))
+                contenders.append(("transformers", BatchedT5(values, dtype), None))
                 contenders.append(("plain", engines[cuts[0]], Rung()))
             progress.update(task, description="measuring", total=(rounds + 1) * len(contenders))
             rates: dict[Any, list[float]] = {name: [] for name, *_ in contenders}

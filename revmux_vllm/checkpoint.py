@@ -228,7 +228,7 @@ def save(
     # Not save_file: it leaves files that only their owner can read.
     (partial / ADAPTER_FILE).write_bytes(serialize(tensors, metadata={"format": "pt"}))
     (partial / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
-    for stale in folder.glob("*.safetensors"):
+    for stale in (*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")):
         if not (partial / stale.name).exists():
             stale.unlink()
     for path in partial.iterdir():

@@ -299,7 +299,7 @@ def _split(words: str | None) -> list[str] | None:
 def _rungs(rungs: str | None, widths: str | None) -> tuple[Rung, ...]:
     if rungs and widths:
         raise ValueError("--rungs and --widths: give one of them; --widths is the short form")
-    names = (rungs or DEFAULT_RUNGS).split(",")
+    names = (DEFAULT_RUNGS if rungs is None else rungs).split(",")
     if widths:
         names = [f"mux:{width}" for width in widths.split(",")]
     try:

@@ -152,6 +152,8 @@ def classify(
 ) -> Tensor:
     """Logits (B, C) of token-id ``prompts`` under ``groups`` of their indices, carrier first.
 
+    On the CPU, one group at a time, and without token types: single texts, not pairs.
+
     ``rungs``: at which each group runs; ``Rung()`` is the backbone alone. Default: composites of
     the groups' sizes, nothing merged.
     """

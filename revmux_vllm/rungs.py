@@ -22,6 +22,10 @@ class Rung:
     mux: int = 1
     exit: bool = False
 
+    def __post_init__(self) -> None:
+        if min(self.merge, self.mux) < 1 or (self.exit and self.merge * self.mux > 1):
+            raise ValueError(f"no such rung: merge {self.merge}, mux {self.mux}, exit {self.exit}")
+
     def __str__(self) -> str:
         if self.exit:
             return "exit"

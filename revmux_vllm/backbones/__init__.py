@@ -70,6 +70,11 @@ def label_tokens(tokenizer: Any, label_words: Sequence[str]) -> list[int]:
     return ids
 
 
+def output_scale(config: Any) -> float:
+    """What a model multiplies its last state by before the LM head (T5 with tied embeddings)."""
+    return config.hidden_size**-0.5 if getattr(config, "scale_decoder_outputs", False) else 1.0
+
+
 def load_backbone(
     folder: str | Path, prefill_layers: int, label_words: Sequence[str] | None = None
 ) -> Backbone:
@@ -112,6 +117,7 @@ def load_backbone(
         )
     if not label_words:
         return family(model, prefill_layers, None)
-    scale = config.hidden_size**-0.5 if getattr(config, "scale_decoder_outputs", False) else 1.0
     tokens = label_tokens(AutoTokenizer.from_pretrained(folder), label_words)
-    return family(model, prefill_layers, LabelWords(model.lm_head.weight, tokens, scale))
+    return family(
+        model, prefill_layers, LabelWords(model.lm_head.weight, tokens, output_scale(config))
+    )

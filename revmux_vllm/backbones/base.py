@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-SHORTEST = 0.8  # of a batch's longest sequence; what is shorter waits for the next batch
+MIN_LENGTH_RATIO = 0.8  # of a batch's longest sequence; what is shorter waits for the next batch
 
 
 class Backbone(nn.Module, ABC):
@@ -77,11 +77,11 @@ class Backbone(nn.Module, ABC):
         return self.pooled_position(lengths)
 
     def head(self, pooled: Tensor) -> Tensor:
-        """Pooled vectors (M, D) to logits (M, C); of a single label no and yes (``with_no``)."""
-        return with_no(self.classifier(pooled))
+        """Pooled vectors (M, D) to logits (M, C); C is 2 for a single label: no and yes."""
+        return two_class_logits(self.classifier(pooled))
 
 
-def with_no(logits: Tensor) -> Tensor:
+def two_class_logits(logits: Tensor) -> Tensor:
     """Logits (M, C) as they are; a single one (M, 1) beside the zero that stands for no, (M, 2).
 
     The softmax of the two is the sigmoid of the one, which is how a cross-encoder is read.
@@ -114,20 +114,20 @@ def inside(lengths: Tensor, num_tokens: int) -> Tensor:
     return torch.arange(num_tokens, device=lengths.device) < lengths[:, None]
 
 
-def batches_by_length(lengths: Tensor, most_tokens: int) -> Iterator[Tensor]:
+def batches_by_length(lengths: Tensor, max_tokens: int) -> Iterator[Tensor]:
     """Indices of sequences to pad together, the longest first, similar lengths in each batch.
 
     Args:
         lengths: (B,) on the CPU.
-        most_tokens: of a batch, padding counted; a longer sequence is a batch of its own.
+        max_tokens: of a batch, padding counted; a longer sequence is a batch of its own.
     """
     order = lengths.argsort(descending=True, stable=True)
     ordered = lengths[order].tolist()
     begin = 0
     for end in range(1, len(ordered) + 1):
         full = end < len(ordered) and (
-            (end - begin + 1) * ordered[begin] > most_tokens
-            or ordered[end] < SHORTEST * ordered[begin] - 4
+            (end - begin + 1) * ordered[begin] > max_tokens
+            or ordered[end] < MIN_LENGTH_RATIO * ordered[begin] - 4
         )
         if full or end == len(ordered):
             yield order[begin:end]

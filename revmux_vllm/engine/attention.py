@@ -109,11 +109,11 @@ def enter_upper_layers(layer_names: list[str]) -> MuxLayout | None:
     context = get_forward_context()
     if not isinstance(context.attn_metadata, dict):
         return None
-    metadata: Any = context.attn_metadata.get(layer_names[0])
-    layout = getattr(metadata, "mux_layout", None)
+    by_layer: dict[str, Any] = context.attn_metadata
+    layout = getattr(by_layer.get(layer_names[0]), "mux_layout", None)
     if layout is None:
         return None
     assert isinstance(context.slot_mapping, dict)
     for name in layer_names:
-        context.slot_mapping[name] = metadata.mux_slot_mapping
+        context.slot_mapping[name] = by_layer[name].mux_slot_mapping
     return layout

@@ -24,10 +24,10 @@ class RungLayout:
 
     Attributes:
         rung: which.
-        tokens: (P, M) token rows of every merged row, the members one after the other; the batch's
-            number of tokens where there is none, so that one zero row behind the batch can be
-            gathered. None where nothing merges: then the token rows themselves are meant by P.
-        merged: (P, M) bool, False where there is none.
+        tokens: (P, rung.merge) token rows of the P merged rows of all members, one member after the
+            other; the batch's number of tokens where there is none, so that one zero row behind the
+            batch can be gathered. None where nothing merges: then P are the batch's tokens.
+        merged: (P, rung.merge) bool, False where there is none.
         rows: (R, N) which of the P rows of every member feeds every upper row; P where the member
             has ended.
         present: (R, N) bool, False where the member has ended.
@@ -54,9 +54,9 @@ class MuxLayout:
         rungs: one entry for each that occurs, but for sequences alone and those that exit.
         exits: (E,) batch rows of the sequences that have no upper row.
         alone: (A,) token rows of the sequences that run alone; they are the first upper rows.
-        positions: (U,) position of every upper row in its sequence; of a merged row that of its
-            last token.
-        places: (U,) of every upper row in its composite.
+        positions: (U,) position of every upper row in its sequence, for rotary embeddings; of a
+            merged row that of its last token.
+        places: (U,) of every upper row in its composite, for the attention's metadata.
         carriers: (G,) batch row of each composite's carrier, in upper order.
         carrier_rows: (U,) the carrier's token row whose place in the cache every upper row takes.
         starts: (G + 1,) first upper row of every composite, and U; on the CPU.

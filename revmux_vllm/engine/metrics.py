@@ -48,7 +48,7 @@ class RevMuxStatLogger(StatLoggerBase):
         if hasattr(vllm_config.model_config.hf_config, "revmux") and not RevMuxStatLogger._requests:
             RevMuxStatLogger._requests = Counter(
                 "revmux:requests",
-                "Requests by the rung they ran at: mux:N, merge:N; alone is the backbone itself.",
+                "Requests by the rung they ran at: mux:N, merge:N, exit; alone is the backbone.",
                 ["model_name", "engine", "rung"],
             )
 

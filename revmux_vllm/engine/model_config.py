@@ -15,8 +15,10 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.utils.math_utils import cdiv
 
 from revmux_vllm import checkpoint
+from revmux_vllm.config import RevMuxConfig
 from revmux_vllm.engine.bundled_names import native_dtype
-from revmux_vllm.engine.plugin import WITHOUT_KV_CACHE
+from revmux_vllm.engine.plugin import POOL_FIRST_TOKEN, WITHOUT_KV_CACHE
+from revmux_vllm.engine.policy import read_policy
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -36,6 +38,10 @@ class RevMuxModelConfig(VerifyAndUpdateConfig):
                 what is wrong with the checkpoint.
         """
         _refuse_impossible_options(vllm_config)
+        read_policy(
+            vllm_config.additional_config,
+            RevMuxConfig.from_dict(vllm_config.model_config.hf_config.revmux),
+        )
         if vllm_config.load_config.load_format != "dummy":
             checkpoint.validate(vllm_config.model_config.model)
         # One seam is kept for the V1 model runner; V2 orders requests by itself.
@@ -83,6 +89,18 @@ def _refuse_impossible_options(vllm_config: "VllmConfig") -> None:
         refused.append("--enable-lora: adapters of another kind; leave the option out")
     if vllm_config.speculative_config is not None:
         refused.append("--speculative-config: a classifier decodes nothing; leave the option out")
+    read_at = "CLS" if model.architecture in POOL_FIRST_TOKEN else "LAST"
+    pooler = model.pooler_config
+    if pooler is not None and pooler.seq_pooling_type not in (None, read_at):
+        refused.append(
+            f"--pooler-config pooling_type {pooler.seq_pooling_type}: of a composite's member only "
+            f"the token that the backbone pools ({read_at}) is known; leave the option out"
+        )
+    if len(set(getattr(model.hf_config, "layer_types", None) or ())) > 1:
+        refused.append(
+            "layer_types in config.json: full and sliding attention mixed are not supported; serve "
+            "the backbone itself"
+        )
     if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1":
         refused.append("VLLM_USE_V2_MODEL_RUNNER=1: the V1 model runner is needed; unset it")
     if refused:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from revmux_vllm.backbones.base import with_no
+from revmux_vllm.backbones.base import two_class_logits
 from revmux_vllm.engine.policy import Policy
 from revmux_vllm.rungs import Rung
 from revmux_vllm.training.data import LabelledText
@@ -73,5 +73,5 @@ class OfflineEngine:
             outputs = self.llm.classify(inputs, pooling_params=params, use_tqdm=False)
             for row, output in zip(rows, outputs, strict=True):
                 logits = torch.tensor(output.outputs.probs)[None]
-                answers[row] = with_no(logits).argmax()
+                answers[row] = two_class_logits(logits).argmax()
         return answers

@@ -17,6 +17,7 @@ MODELS = {
     for name in (f"RevMux{family}ForSequenceClassification" for family in families)
 }
 WITHOUT_KV_CACHE = tuple(name for name, path in MODELS.items() if ".decoder:" not in path)
+POOL_FIRST_TOKEN = tuple(name for name, path in MODELS.items() if ".encoder:" in path)
 
 
 def register() -> None:
@@ -24,6 +25,7 @@ def register() -> None:
     from vllm.logger import init_logger
 
     try:
+        from vllm.config import model as vllm_model_config
         from vllm.model_executor.models import ModelRegistry
         from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
@@ -34,6 +36,10 @@ def register() -> None:
             ModelRegistry.register_model(architecture, path)
             MODELS_CONFIG_MAP[architecture] = RevMuxModelConfig
         resolve_bundled_names()
+        # Its feed-forward layers overflow, and float16 is what vLLM takes for a float32 classifier.
+        vllm_model_config._FLOAT16_NOT_SUPPORTED_MODELS["t5"] = (
+            "T5 overflows in float16; --dtype bfloat16 or float32 is the cure"
+        )
     except Exception:
         init_logger("vllm.revmux").exception(
             "revmux-vllm could not register itself and is inactive; other models are not "

@@ -41,6 +41,8 @@ def read_policy(additional_config: Any, config: RevMuxConfig) -> Policy:
     """
     options = additional_config.get("revmux", {}) if isinstance(additional_config, dict) else {}
     where = "--additional-config revmux"
+    if not isinstance(options, dict):
+        raise ValueError(f"{where}: expected an object, found {options!r}")
     unknown = sorted(set(options) - {"max_width", "rungs"})
     if unknown:
         raise ValueError(

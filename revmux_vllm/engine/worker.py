@@ -62,6 +62,8 @@ class RevMuxWorker(BaseWorker):
     def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         """One step under its plan."""
         plan = getattr(scheduler_output, "mux_plan", None)
-        step = plan and StepPlan(plan, self.model_runner.input_batch.req_id_to_index)
-        with running(step or None):
+        step = None
+        if plan is not None:
+            step = StepPlan(plan, self.model_runner.input_batch.req_id_to_index)
+        with running(step):
             return super().execute_model(scheduler_output, *args, **kwargs)

@@ -3,6 +3,7 @@
 from typing import Any
 
 from revmux_vllm.config import RevMuxConfig
+from revmux_vllm.rungs import Rung
 from revmux_vllm.training.evaluate import NUM_GROUPINGS, WINDOW
 
 COLUMNS = ("", "accuracy", "agreement", "speed-up", "layer limit")
@@ -40,8 +41,8 @@ def model_card(name: str, config: RevMuxConfig, num_layers: int, report: dict[st
             f"adapters and heads at {report['mean_tokens']:.0f} tokens, the mean of these rows; "
             "the layer limit counts the layers alone. What does not multiplex has no spread: its "
             "answers do not depend on company. Early exit is the rival: a small head on the hidden "
-            "states after some layer, trained and measured beside the adapters; only one after "
-            f"layer {config.prefill_layers} can be served, as the rung `exit`.",
+            "states after some layer, trained and measured beside the adapters"
+            + ("." if Rung(exit=True) in config.rungs else "; none is served."),
             "",
         ]
     return "\n".join(lines)

@@ -1,6 +1,6 @@
 """Accuracy against speed-up, with the rival's line in it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,15 @@ def plot_report(report: dict[str, Any], path: Path, title: str) -> None:
     """Draw the report of ``revmux eval`` as a PNG; a bar is the spread over the groupings."""
     cuts = sorted({row["prefill_layers"] for row in report["rungs"].values()})
     plot_frontier({f"l={', '.join(map(str, cuts))}": report}, path, title)
+
+
+def best_exits(reports: Iterable[dict[str, Any]]) -> dict[int, dict[str, Any]]:
+    """The most accurate early exit of each layer: whatever recipe trained it, it is the rival."""
+    best: dict[int, dict[str, Any]] = {}
+    for report in reports:
+        for row in report.get("early_exit", []):
+            best[row["layer"]] = max(best.get(row["layer"], row), row, key=lambda r: r["accuracy"])
+    return best
 
 
 def plot_frontier(reports: dict[str, dict[str, Any]], path: Path, title: str) -> None:
@@ -27,13 +36,10 @@ def plot_frontier(reports: dict[str, dict[str, Any]], path: Path, title: str) ->
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
     backbone = 100 * next(iter(reports.values()))["backbone"]["accuracy"]
     axes.axhline(backbone, color="grey", linewidth=0.8, linestyle=":", label="backbone")
-    exits: dict[int, tuple[float, float]] = {}
-    for report in reports.values():
-        for row in report.get("early_exit", []):
-            point = (row["speedup"], 100 * row["accuracy"])
-            exits[row["layer"]] = max(exits.get(row["layer"], point), point, key=lambda p: p[1])
+    exits = best_exits(reports.values())
     if exits:
-        points = sorted([(1.0, backbone), *exits.values()])
+        rival = [(row["speedup"], 100 * row["accuracy"]) for row in exits.values()]
+        points = sorted([(1.0, backbone), *rival])
         axes.plot(*zip(*points, strict=True), "o--", color="black", label="early exit")
     for name, report in reports.items():
         lines: dict[str, list[tuple[str, dict[str, Any]]]] = {}

@@ -203,16 +203,21 @@ def _check_numbers(
 
 
 def _check_task(hf_config: Any, label_words: Sequence[str] | None, max_tokens: int) -> None:
+    check_max_tokens(hf_config, max_tokens)
+    if label_words:
+        return
+    if hf_config.problem_type not in (None, "single_label_classification"):
+        raise ValueError(f"problem_type {hf_config.problem_type!r}: expected one label per row")
+
+
+def check_max_tokens(hf_config: Any, max_tokens: int) -> None:
+    """Raise ValueError where texts may have more tokens than the backbone has positions."""
     positions = getattr(hf_config, "max_position_embeddings", None)
     if positions is not None:
         # RoBERTa counts positions from behind its padding token.
         positions -= hf_config.pad_token_id + 1 if hf_config.model_type == "roberta" else 0
         if max_tokens > positions:
             raise ValueError(f"--max-tokens {max_tokens}: the backbone takes {positions} at most")
-    if label_words:
-        return
-    if hf_config.problem_type not in (None, "single_label_classification"):
-        raise ValueError(f"problem_type {hf_config.problem_type!r}: expected one label per row")
 
 
 def read_backbone_config(backbone: str) -> Any:

@@ -6,6 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from conftest import make_tiny_checkpoint
+from vllm.config import PoolerConfig
 from vllm.engine.arg_utils import EngineArgs
 
 from revmux_vllm.config import RevMuxConfig
@@ -25,6 +28,8 @@ def configure(model: Path, **options: Any) -> Any:
         ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size 2"),
         ({"runner": "generate"}, "--runner generate"),
         ({"enable_lora": True}, "--enable-lora"),
+        ({"pooler_config": PoolerConfig(pooling_type="MEAN")}, "--pooler-config pooling_type MEAN"),
+        ({"additional_config": {"revmux": None}}, "--additional-config revmux: expected an object"),
     ],
 )
 def test_refused_by_name_with_the_cure(
@@ -32,6 +37,23 @@ def test_refused_by_name_with_the_cure(
 ) -> None:
     with pytest.raises(ValueError, match=named):
         configure(tiny_checkpoint, **options)
+
+
+def test_t5_is_not_served_in_float16(tmp_path: Path) -> None:
+    folder = make_tiny_checkpoint(tmp_path, family="t5", label_words=("w8", "w7"))
+    with pytest.raises(ValueError, match="T5 overflows in float16"):
+        EngineArgs(model=str(folder), dtype="float16").create_engine_config()
+    chosen = EngineArgs(model=str(folder)).create_engine_config().model_config.dtype
+    assert chosen == torch.bfloat16
+
+
+def test_layers_of_several_kinds_are_refused(tmp_path: Path) -> None:
+    folder = make_tiny_checkpoint(tmp_path, family="qwen3")
+    values = json.loads((folder / "config.json").read_text())
+    values["layer_types"][0] = "sliding_attention"
+    (folder / "config.json").write_text(json.dumps(values | {"sliding_window": 8}))
+    with pytest.raises(ValueError, match="full and sliding attention mixed"):
+        configure(folder)
 
 
 def test_no_flags_are_needed(tiny_checkpoint: Path) -> None:

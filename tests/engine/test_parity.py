@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import RecordingEngine, make_tiny_checkpoint, random_prompts
+from conftest import RecordingEngine, make_tiny_checkpoint, random_prompts, word_tokenizer
 from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification
 
 from revmux_vllm import checkpoint
 from revmux_vllm.backbones import load_backbone
@@ -100,10 +101,25 @@ def test_label_words(
         label_words=("w8", "w7", "w311"),
     )
     own_head = "lm_head.weight" in load_file(folder / "model.safetensors")
-    assert own_head is (family == "llama"), "both kinds of LM head are to be tested"
+    assert own_head is (family in ("llama", "t5-v1.1")), "both kinds of LM head are to be tested"
     engine, reference = make_engine(folder), reference_of(folder)
     for kind in (BOTH, MIXED, EXIT):
         check(engine, reference, kind)
+
+
+def test_a_bundled_backbone_in_shards(
+    tmp_path: Path, make_engine: Callable[..., RecordingEngine]
+) -> None:
+    """Its index does not list the adapters, and vLLM reads what the index lists."""
+    ladder = checkpoint.load_adapters(make_tiny_checkpoint(tmp_path))
+    backbone = AutoModelForSequenceClassification.from_pretrained(tmp_path / "backbone")
+    sharded = tmp_path / "sharded"
+    backbone.save_pretrained(sharded, max_shard_size="200KB")
+    word_tokenizer().save_pretrained(sharded)
+    folder = tmp_path / "bundle"
+    checkpoint.save(folder, ladder, sharded, "# shards\n", bundle_backbone=True)
+    assert len(list(folder.glob("model-*.safetensors"))) > 1
+    check(make_engine(folder), reference_of(folder), MUX)
 
 
 def test_merged_answers_do_not_depend_on_company(

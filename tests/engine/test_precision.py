@@ -6,6 +6,7 @@ Wrong company changes a probability by 0.3 on average, far more than any toleran
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,16 +19,31 @@ from revmux_vllm import checkpoint
 # The reference itself, computed in bfloat16, differs from float32 by up to 0.05 on these batches;
 # the engine's kernels round elsewhere.
 BFLOAT16_TOLERANCE = 0.15
+FLOAT16_TOLERANCE = 0.02
 # Activations are rounded to int8 in every layer, row by row.
 INT8_TOLERANCE = 0.15
 
 
-@pytest.mark.parametrize("family", ["llama", "bert"])
-def test_bfloat16(family: str, tmp_path: Path, make_engine: Callable[..., RecordingEngine]) -> None:
-    folder = make_tiny_checkpoint(tmp_path, family=family, rungs=ALL)
-    engine, reference = make_engine(folder, dtype="bfloat16"), reference_of(folder)
+@pytest.mark.parametrize(
+    ("family", "dtype", "tolerance"),
+    [
+        ("llama", "bfloat16", BFLOAT16_TOLERANCE),
+        ("bert", "float16", FLOAT16_TOLERANCE),  # what vLLM takes for a float32 folder
+        ("t5", "bfloat16", BFLOAT16_TOLERANCE),
+    ],
+)
+def test_half_precision(
+    family: str,
+    dtype: str,
+    tolerance: float,
+    tmp_path: Path,
+    make_engine: Callable[..., RecordingEngine],
+) -> None:
+    words: dict[str, Any] = {"label_words": ("w8", "w7", "w311")} if family == "t5" else {}
+    folder = make_tiny_checkpoint(tmp_path, family=family, rungs=ALL, **words)
+    engine, reference = make_engine(folder, dtype=dtype), reference_of(folder)
     for kind in (MUX, BOTH):
-        check(engine, reference, kind, BFLOAT16_TOLERANCE)
+        check(engine, reference, kind, tolerance)
 
 
 def quantize(backbone: Path) -> None:

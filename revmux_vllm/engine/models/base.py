@@ -86,7 +86,14 @@ class RevMuxForSequenceClassification(nn.Module, SupportsQuant):
         with torch.device("meta"):
             adapters = AdapterLadder(self.revmux, hf_config.hidden_size)
         self.adapters = adapters.to_empty(device=device)
-        self.secondary_weights: list[DefaultModelLoader.Source] = []
+        # Named, since vLLM passes over a file that a sharded backbone's index does not list.
+        self.secondary_weights = [
+            DefaultModelLoader.Source(
+                model_config.model,
+                revision=model_config.revision,
+                allow_patterns_overrides=[checkpoint.ADAPTER_FILE],
+            )
+        ]
         if self.revmux.backbone is not None:
             self.secondary_weights.append(
                 DefaultModelLoader.Source(
@@ -134,7 +141,7 @@ class RevMuxForSequenceClassification(nn.Module, SupportsQuant):
     ) -> Tensor:
         """Hidden states (num_tokens, D); of a composite's member only the pooled row is set."""
         layout = enter_upper_layers(self.upper_layer_names)
-        self.mark_token_types(input_ids, token_type_ids, layout)
+        self.set_token_type_ids(input_ids, token_type_ids, layout)
         hidden = self.run_lower(input_ids, positions, layout)
         if layout is None:
             return self.run_upper(hidden, positions, None)
@@ -143,7 +150,7 @@ class RevMuxForSequenceClassification(nn.Module, SupportsQuant):
             out = self.run_upper(self.multiplex(hidden, layout), layout.positions, layout)
         return self.demultiplex(out, hidden, layout)
 
-    def mark_token_types(
+    def set_token_type_ids(
         self, input_ids: Tensor, token_type_ids: Tensor | None, layout: MuxLayout | None
     ) -> None:
         """Write into ``input_ids`` which text of a pair each token is of; here nothing is."""

@@ -73,7 +73,7 @@ def _layers(vllm_config: VllmConfig, indices: range) -> nn.ModuleDict:
     )
 
 
-def second_texts(input_ids: Tensor, separator: int, layout: MuxLayout) -> Tensor:
+def pair_token_type_ids(input_ids: Tensor, separator: int, layout: MuxLayout) -> Tensor:
     """Token types (num_tokens,) of pairs: 1 behind the first separator of a sequence, else 0."""
     is_separator = (input_ids == separator).int()
     before = is_separator.cumsum(0, dtype=torch.int32) - is_separator
@@ -97,7 +97,9 @@ class RevMuxBertForSequenceClassification(RevMuxForSequenceClassification):
         self.separator: int | None = None
         if self.revmux.pairs and model_config.hf_config.type_vocab_size > 1:
             tokenizer = AutoTokenizer.from_pretrained(model_config.tokenizer)
-            self.separator = tokenizer.sep_token_id
+            if "token_type_ids" in tokenizer.model_input_names:
+                self.separator = tokenizer.sep_token_id
+                assert self.separator is not None, "token types, and no separator between texts"
         with set_model_tag("revmux_lower"):
             self.lower = LowerTrunk(
                 vllm_config=vllm_config,
@@ -120,12 +122,12 @@ class RevMuxBertForSequenceClassification(RevMuxForSequenceClassification):
         )
         self.pooler = classify_pooler(vllm_config, self.classifier, self.first_token)
 
-    def mark_token_types(
+    def set_token_type_ids(
         self, input_ids: Tensor, token_type_ids: Tensor | None, layout: MuxLayout | None
     ) -> None:
         """They ride in a high bit of the ids, as vLLM's own BERT has it."""
         if self.separator is not None and layout is not None:
-            token_type_ids = second_texts(input_ids, self.separator, layout)
+            token_type_ids = pair_token_type_ids(input_ids, self.separator, layout)
         if token_type_ids is not None:
             assert self.lower.embeddings.word_embeddings.num_embeddings < (1 << TOKEN_TYPE_SHIFT)
             _encode_token_type_ids(input_ids, token_type_ids)

@@ -16,6 +16,7 @@ from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import EncoderOnlyAttention
 from vllm.model_executor.models.utils import WeightsMapper
 
+from revmux_vllm.backbones import output_scale
 from revmux_vllm.backbones.base import batches_by_length, inside
 from revmux_vllm.backbones.t5 import T5Backbone
 from revmux_vllm.engine.layout import MuxLayout
@@ -36,13 +37,14 @@ class RevMuxT5ForSequenceClassification(RevMuxForSequenceClassification):
         self.build_score(vllm_config)
         # Shares the modules of ``t5``; not registered, or every weight would have two names.
         self._cut = (T5Backbone(self.t5, prefill_layers, self.score),)
-        if getattr(hf_config, "scale_decoder_outputs", False):
-            self.words_scale = hf_config.hidden_size**-0.5
+        self.words_scale = output_scale(hf_config)
         return [EncoderOnlyAttention(1, 64, 1.0, prefix="layout.attn")]
 
     def own_name(self, name: str) -> str:
-        # Google's own files have one bias too many, which no layer reads.
-        return "" if "EncDecAttention.relative_attention_bias" in name else f"t5.{name}"
+        # Of the LM head the words' rows are ``score``, and transformers ties the rest to the
+        # embeddings. Google's own files have one bias too many, which no layer reads.
+        unread = name == "lm_head.weight" or "EncDecAttention.relative_attention_bias" in name
+        return "" if unread else f"t5.{name}"
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         """Token ids (num_tokens,) to embeddings (num_tokens, D)."""
