@@ -6,6 +6,7 @@ upper part and one decoder step on composites. Nothing is kept between steps. On
 stands in the model, unused, because the step's layout comes with attention metadata.
 """
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -33,7 +34,10 @@ class RevMuxT5ForSequenceClassification(RevMuxForSequenceClassification):
 
     def build(self, vllm_config: VllmConfig, prefill_layers: int) -> list[Any]:
         hf_config = vllm_config.model_config.hf_config
-        self.t5 = T5ForConditionalGeneration(hf_config)
+        # One matrix of embeddings: vLLM unties them where it finds another LM head in the files.
+        tied = copy.copy(hf_config)
+        tied.tie_word_embeddings = True
+        self.t5 = T5ForConditionalGeneration(tied)
         self.build_score(vllm_config)
         # Shares the modules of ``t5``; not registered, or every weight would have two names.
         self._cut = (T5Backbone(self.t5, prefill_layers, self.score),)
@@ -41,8 +45,8 @@ class RevMuxT5ForSequenceClassification(RevMuxForSequenceClassification):
         return [EncoderOnlyAttention(1, 64, 1.0, prefix="layout.attn")]
 
     def own_name(self, name: str) -> str:
-        # Of the LM head the words' rows are ``score``, and transformers ties the rest to the
-        # embeddings. Google's own files have one bias too many, which no layer reads.
+        # Of the LM head the words' rows are ``score``, and the module is tied to the embeddings.
+        # Google's own files have one bias too many, which no layer reads.
         unread = name == "lm_head.weight" or "EncDecAttention.relative_attention_bias" in name
         return "" if unread else f"t5.{name}"
 
