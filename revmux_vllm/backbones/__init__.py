@@ -104,7 +104,12 @@ def load_backbone(
     loader: Any = AutoModelForSequenceClassification
     if label_words:
         loader = AutoModelForSeq2SeqLM if family is T5Backbone else AutoModelForCausalLM
-    model, loaded = loader.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    if quantization := getattr(config, "quantization_config", None):
+        # Else transformers keeps int8 weights until the whole model runs, which it never does here.
+        quantization["run_compressed"] = False
+    model, loaded = loader.from_pretrained(
+        folder, config=config, dtype=torch.float32, output_loading_info=True
+    )
     if missing := sorted(loaded["missing_keys"]):
         cure = (
             "--label-words needs a language model; for a classifier with a head leave it out"

@@ -214,7 +214,8 @@ class RevMuxForSequenceClassification(nn.Module, SupportsQuant):
         rows: dict[str, Tensor] = {}
         for name, weight in weights:
             if name.startswith(checkpoint.KEY_PREFIX):
-                yield "adapters." + name.removeprefix(checkpoint.KEY_PREFIX), weight
+                own = "adapters." + name.removeprefix(checkpoint.KEY_PREFIX)
+                yield own, weight.to(next(self.adapters.parameters()).dtype)
                 continue
             if self.word_tokens and name in ("lm_head.weight", self.embeddings_name):
                 rows[name] = weight[self.word_tokens]

@@ -7,7 +7,7 @@ stands in the model, unused, because the step's layout comes with attention meta
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -49,6 +49,10 @@ class RevMuxT5ForSequenceClassification(RevMuxForSequenceClassification):
         # Google's own files have one bias too many, which no layer reads.
         unread = name == "lm_head.weight" or "EncDecAttention.relative_attention_bias" in name
         return "" if unread else f"t5.{name}"
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """In the engine's dtype, or vLLM would warn of every tensor."""
+        return super().load_weights((name, w.to(self.t5.dtype)) for name, w in weights)
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         """Token ids (num_tokens,) to embeddings (num_tokens, D)."""
