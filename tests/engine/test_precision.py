@@ -22,7 +22,7 @@ from revmux_vllm.rungs import parse_rungs
 # the engine's kernels round elsewhere.
 BFLOAT16_TOLERANCE = 0.15
 FLOAT16_TOLERANCE = 0.1
-# Of the mean: vLLM's int8 kernel on a CPU without VNNI is itself off by 0.05 on average, and by up to
+# Of the mean: with AVX2 and no VNNI vLLM's own int8 kernel was off by 0.05 on average, and by up to
 # 0.5, from the same weights in float32.
 INT8_MEAN_TOLERANCE = 0.12
 
