@@ -20,11 +20,14 @@ def best_exits(reports: Iterable[dict[str, Any]]) -> dict[int, dict[str, Any]]:
     return best
 
 
-def plot_frontier(reports: dict[str, dict[str, Any]], path: Path, title: str) -> None:
+def plot_frontier(
+    reports: dict[str, dict[str, Any]], path: Path, title: str, lines: Iterable[str] | None = None
+) -> None:
     """Draw several reports over one backbone, beside the best early exit of each layer.
 
     Args:
-        reports: by the name of their line.
+        reports: by the name of their line; the early exits of all of them are drawn as one.
+        lines: which of them to draw. Default: all.
         path: PNG to write.
         title: above it.
     """
@@ -33,7 +36,7 @@ def plot_frontier(reports: dict[str, dict[str, Any]], path: Path, title: str) ->
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(8, 5.5), layout="constrained")
     backbone = 100 * next(iter(reports.values()))["backbone"]["accuracy"]
     axes.axhline(backbone, color="grey", linewidth=0.8, linestyle=":", label="backbone")
     exits = best_exits(reports.values())
@@ -41,13 +44,13 @@ def plot_frontier(reports: dict[str, dict[str, Any]], path: Path, title: str) ->
         rival = [(row["speedup"], 100 * row["accuracy"]) for row in exits.values()]
         points = sorted([(1.0, backbone), *rival])
         axes.plot(*zip(*points, strict=True), "o--", color="black", label="early exit")
-    for name, report in reports.items():
-        lines: dict[str, list[tuple[str, dict[str, Any]]]] = {}
-        for rung, row in report["rungs"].items():
+    for name in reports if lines is None else lines:
+        ways: dict[str, list[tuple[str, dict[str, Any]]]] = {}
+        for rung, row in reports[name]["rungs"].items():
             # One line per way: what is merged, what is multiplexed, what is both.
             way = " and ".join(part.split(":")[0] for part in rung.split("+"))
-            lines.setdefault(way, []).append((rung, row))
-        for way, rows in lines.items():
+            ways.setdefault(way, []).append((rung, row))
+        for way, rows in ways.items():
             _draw_rungs(axes, f"{way}, {name}", rows)
     axes.set_xlabel("speed-up (arithmetic, adapters counted)")
     axes.set_ylabel("accuracy, per cent")
