@@ -1,10 +1,10 @@
 """Accuracy against speed-up: RevMUX, merged tokens, the paper's recipe, and early exit.
 
 One command makes the backbones (``adapters/train_backbone.py``), trains every contender with
-``revmux train``, and prints one table; two plots per task lie beside the results, without the paper's
-recipe and with it. What is finished is kept in ``--work`` and stands in every later table and plot, so
-a run can be interrupted, or made of several commands; remove a contender's folder there to train it
-again with other options.
+``revmux train``, and prints one table; two plots per task lie beside the results, without the
+paper's recipe and with it. What is finished is kept in ``--work`` and stands in every later table
+and plot, so a run can be interrupted, or made of several commands; remove a contender's folder
+there to train it again with other options.
 
     python benchmarks/accuracy.py --data ../shared/data --work build/accuracy
     python benchmarks/accuracy.py --data ../shared/data --work build/accuracy --families llama,t5 \\
