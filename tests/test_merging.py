@@ -61,9 +61,12 @@ def test_names_of_rungs() -> None:
     rungs = parse_rungs(texts)
     assert list(map(str, rungs)) == ["exit", "mux:2", "mux:4", "merge:2+mux:2", "merge:3"]
     assert [rung.saving for rung in rungs] == [math.inf, 2, 4, 4, 3]
-    assert str(Rung()) == "alone"
+    assert Rung.parse(str(Rung())) == Rung()
+    with pytest.raises(ValueError, match="the backbone itself"):
+        parse_rungs(["mux:2", "alone"])
+    with pytest.raises(ValueError, match="no such rung"):
+        Rung(merge=2, exit=True)
     for text in (
-        "alone",
         "mux:1",
         "mux:2+merge:2",
         "merge:2mux:2",
