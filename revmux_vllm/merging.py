@@ -64,9 +64,8 @@ class TokenMerge(nn.Module):
         super().__init__()
         self.factor = factor
         self.norm = nn.RMSNorm(hidden_size, eps=1e-6)
-        self.score = nn.Linear(hidden_size, 1)
+        self.score = nn.Linear(hidden_size, 1, bias=False)  # a softmax does not see a bias
         nn.init.zeros_(self.score.weight)
-        nn.init.zeros_(self.score.bias)
         self.correction = _correction(factor * hidden_size, inner_size, hidden_size)
 
     def forward(self, rows: Tensor, present: Tensor) -> Tensor:

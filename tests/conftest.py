@@ -46,32 +46,40 @@ def random_prompts(seed: int, count: int, longest: int = 300) -> list[list[int]]
     return prompts
 
 
-def word_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer of made-up words w0 .. w319."""
+def words_of(*special: str) -> Any:
+    """A tokenizer of made-up words w1 .. w319, the first of them replaced by special tokens."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    vocab = {f"w{i}": i for i in range(1, VOCAB_SIZE)} | {"[UNK]": 0}
+    names = [*special, *(f"w{i}" for i in range(1 + len(special), VOCAB_SIZE))]
+    vocab = {"[UNK]": 0} | {name: i for i, name in enumerate(names, 1)}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return tokenizer
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer of made-up words w1 .. w319."""
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[UNK]", model_max_length=512
+        tokenizer_object=words_of(), unk_token="[UNK]", pad_token="[UNK]", model_max_length=512
     )
 
 
 def pair_tokenizer() -> PreTrainedTokenizerFast:
-    """The same as BERT has it: w1 first, w2 behind each text, and token types."""
+    """The same from w3 on, as BERT has it: [CLS] first, [SEP] behind each text, token types."""
     from tokenizers.processors import TemplateProcessing
 
-    tokenizer = word_tokenizer()
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        "w1:0 $A:0 w2:0", "w1:0 $A:0 w2:0 $B:1 w2:1", special_tokens=[("w1", 1), ("w2", 2)]
+    words = words_of("[CLS]", "[SEP]")
+    words.post_processor = TemplateProcessing(
+        "[CLS]:0 $A:0 [SEP]:0",
+        "[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 1), ("[SEP]", 2)],
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer.backend_tokenizer,
+        tokenizer_object=words,
         unk_token="[UNK]",
         pad_token="[UNK]",
-        cls_token="w1",
-        sep_token="w2",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
         model_max_length=512,
     )
 

@@ -78,7 +78,7 @@ def test_rerank(client: httpx.Client, expected: list[float]) -> None:
 def test_a_pair_as_one_text_with_the_separator(
     path: str, client: httpx.Client, expected: list[float]
 ) -> None:
-    texts = [f"{QUERY} w2 {document}" for document in DOCUMENTS]
+    texts = [f"{QUERY} [SEP] {document}" for document in DOCUMENTS]
     rows = ask(client, path, input=texts).raise_for_status().json()["data"]
     answers = [row["probs" if path == "/classify" else "data"] for row in rows]
     assert answers == [pytest.approx([score], abs=1e-5) for score in expected]

@@ -156,7 +156,7 @@ def test_the_engine_is_told_which_text_of_a_pair_is_which(tmp_path: Path) -> Non
         label, size = rng.randrange(3), rng.randint(1, 9)
         a, b = (" ".join(f"w{rng.randrange(3, 300)}" for _ in range(size)) for _ in range(2))
         pairs += f"{label}\t{a}\t{b}\n"
-        joined += f"{label}\t{a} w2 {b}\n"
+        joined += f"{label}\t{a} [SEP] {b}\n"
     (tmp_path / "pairs.tsv").write_text(pairs)
     (tmp_path / "joined.tsv").write_text(joined)
     reference, engine = through_both(f"eval {folder} --eval {tmp_path / 'pairs.tsv'}")

@@ -23,11 +23,10 @@ UP = {f"up.{i}.{p}" for i in (0, 2, 4) for p in WB}
 MIXED = {"norm.weight", "down", "scale"} | {
     f"coupling.functions.{i}.{j}.{p}" for i in range(4) for j in (0, 2) for p in WB
 }
-MERGE_KEYS = {"merger.norm.weight", "refiner.norm.weight", "refiner.skip_norm.weight"} | {
-    f"{part}.{p}"
-    for part in ("merger.score", *(f"{m}.correction.{i}" for m in MERGED for i in (0, 2)))
-    for p in WB
+MERGE_KEYS = {"merger.score.weight", "refiner.skip_norm.weight"} | {
+    f"{part}.{p}" for part in (f"{m}.correction.{i}" for m in MERGED for i in (0, 2)) for p in WB
 }
+MERGE_KEYS |= {f"{part}.norm.weight" for part in MERGED}
 EXIT_KEYS = {"layers.0.weight"} | {f"layers.{i}.{p}" for i in (2, 4, 6) for p in WB}
 KEYS = {
     "revmux": MIXED | UP,
