@@ -127,10 +127,6 @@ class Engine:
         self.llm.classify(inputs, use_tqdm=False)
         return len(prompts) / (time.perf_counter() - start)
 
-    def close(self) -> None:
-        """End its processes."""
-        self.llm.llm_engine.engine_core.shutdown()
-
 
 class BatchedT5:
     """Transformers' T5 with random weights, as one would run it without an engine."""
@@ -159,9 +155,6 @@ class BatchedT5:
             with torch.inference_mode():
                 self.model(ids, (ids > 0).long(), torch.zeros(len(batch), 1, dtype=torch.long))
         return len(prompts) / (time.perf_counter() - start)
-
-    def close(self) -> None:
-        """Nothing to end."""
 
 
 def main(
@@ -218,12 +211,13 @@ def main(
         with Progress(console=console) as progress:
             task = progress.add_task("starting engines", total=None)
             engines = {cut: Engine(str(folders[cut]), None, not model, dtype) for cut in cuts}
+            started = list(engines.values())
             contenders: list[Any] = [
                 ((rung, cut), engines[cut], rung) for rung, cut in configurations
             ]
             if has_plain:
-                plain = Engine(plain_model, plain_name, not model, dtype)
-                contenders.append(("plain", plain, None))
+                started.append(Engine(plain_model, plain_name, not model, dtype))
+                contenders.append(("plain", started[-1], None))
             else:
                 contenders.append(("transformers", BatchedT5(values, dtype), None))
                 contenders.append(("plain", engines[cuts[0]], Rung()))
@@ -254,8 +248,8 @@ def main(
     else:
         Console().print(as_table(report))
     sys.stdout.flush()
-    for engine in {id(engine): engine for _, engine, _ in contenders}.values():
-        engine.close()
+    for engine in started:
+        engine.llm.llm_engine.engine_core.shutdown()
 
 
 def text_prompts(folder: Path, texts: Path | None, requests: int) -> list[list[int]]:

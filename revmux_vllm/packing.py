@@ -89,8 +89,8 @@ def pack_rungs(
 ) -> list[tuple[Rung, tuple[int, ...]]]:
     """``pack`` for the cheapest of ``rungs``, narrower ones as merged as it for what is left.
 
-    What is left without a partner runs at the cheapest rung that needs none, which is the backbone
-    alone if nothing merges.
+    What is left without a partner runs at the rung that merges as much, or else at the cheapest one
+    that needs no partner, which is the backbone alone if nothing merges.
 
     Args:
         lengths, domains: as for ``pack``.
@@ -98,7 +98,10 @@ def pack_rungs(
     """
     ladder = [Rung(), *rungs]
     cheapest = max(ladder, key=lambda rung: (rung.saving, rung.merge))
-    alone = max((rung for rung in ladder if rung.mux == 1), key=lambda rung: rung.saving)
+    alone = max(
+        (rung for rung in ladder if rung.mux == 1),
+        key=lambda rung: (rung.merge == cheapest.merge > 1, rung.saving),
+    )
     widths = [rung.mux for rung in ladder if rung.merge == cheapest.merge]
     return [
         (alone if len(group) == 1 else Rung(cheapest.merge, len(group)), group)

@@ -114,10 +114,7 @@ def demultiplex(
     composite alone, which training asks for.
     """
     num_groups, width = lengths.shape
-    flat = lengths.flatten()
-    skip = None
-    if with_skip:
-        skip = skip_state(hidden.flatten(0, 1), flat, backbone.pooled_position(flat))
+    skip = _skip_of_members(backbone, hidden, lengths) if with_skip else None
     position = backbone.output_position(composites.lengths.flatten())
     read_at = rows_at(out.repeat_interleave(width, 0), position)  # (G*N, D)
     stream = torch.arange(width, device=out.device).repeat(num_groups)
@@ -128,9 +125,13 @@ def exit_vectors(
     backbone: Backbone, exit_head: ExitHead, hidden: Tensor, lengths: Tensor
 ) -> Tensor:
     """Vectors (G, N, D) read off the prefill states; arguments as for ``multiplex``."""
+    return exit_head(_skip_of_members(backbone, hidden, lengths)).unflatten(0, lengths.shape)
+
+
+def _skip_of_members(backbone: Backbone, hidden: Tensor, lengths: Tensor) -> Tensor:
+    """(G, N, T, D) and (G, N) to (G*N, 2, D)."""
     flat = lengths.flatten()
-    skip = skip_state(hidden.flatten(0, 1), flat, backbone.pooled_position(flat))
-    return exit_head(skip).unflatten(0, lengths.shape)
+    return skip_state(hidden.flatten(0, 1), flat, backbone.pooled_position(flat))
 
 
 def run_rung(backbone: Backbone, adapter: RungAdapter, hidden: Tensor, lengths: Tensor) -> Tensor:

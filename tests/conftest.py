@@ -1,6 +1,5 @@
 """A tiny random checkpoint, trainings of a moment, and engines whose plans can be seen."""
 
-import json
 import os
 import random
 from collections.abc import Callable, Iterator
@@ -16,9 +15,9 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
-    PreTrainedTokenizerFast,
 )
 from typer.testing import CliRunner
+from word_tokenizers import VOCAB_SIZE, word_tokenizer
 
 from revmux_vllm import checkpoint
 from revmux_vllm.adapters import AdapterLadder
@@ -28,7 +27,6 @@ from revmux_vllm.rungs import Rung, parse_rungs
 
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
-VOCAB_SIZE = 320
 # Tiny models: more threads only get in one another's way, and in the engine's.
 torch.set_num_threads(1)
 
@@ -44,52 +42,6 @@ def random_prompts(seed: int, count: int, longest: int = 300) -> list[list[int]]
         length = rng.choice([1, 2, rng.randint(1, 30), rng.randint(1, longest)])
         prompts.append([rng.randrange(1, VOCAB_SIZE) for _ in range(length)])  # 0 is padding
     return prompts
-
-
-def words_of(*special: str) -> Any:
-    """A tokenizer of made-up words w1 .. w319, the first of them replaced by special tokens."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    names = [*special, *(f"w{i}" for i in range(1 + len(special), VOCAB_SIZE))]
-    vocab = {"[UNK]": 0} | {name: i for i, name in enumerate(names, 1)}
-    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    return tokenizer
-
-
-def word_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer of made-up words w1 .. w319."""
-    return PreTrainedTokenizerFast(
-        tokenizer_object=words_of(), unk_token="[UNK]", pad_token="[UNK]", model_max_length=512
-    )
-
-
-def pair_tokenizer() -> PreTrainedTokenizerFast:
-    """The same from w3 on, as BERT has it: [CLS] first, [SEP] behind each text, token types."""
-    from tokenizers.processors import TemplateProcessing
-
-    words = words_of("[CLS]", "[SEP]")
-    words.post_processor = TemplateProcessing(
-        "[CLS]:0 $A:0 [SEP]:0",
-        "[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1",
-        special_tokens=[("[CLS]", 1), ("[SEP]", 2)],
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=words,
-        unk_token="[UNK]",
-        pad_token="[UNK]",
-        cls_token="[CLS]",
-        sep_token="[SEP]",
-        model_max_length=512,
-    )
-
-
-def save_pair_tokenizer(folder: Path) -> None:
-    """``pair_tokenizer`` in place of a checkpoint's own."""
-    pair_tokenizer().save_pretrained(folder)
-    path = folder / "tokenizer_config.json"
-    names = {"model_input_names": ["input_ids", "token_type_ids", "attention_mask"]}
-    path.write_text(json.dumps(json.loads(path.read_text()) | names))
 
 
 def save_backbone(
@@ -113,7 +65,8 @@ def save_backbone(
         "num_key_value_heads": max(1, hidden_size // 64),
         "head_dim": 32,
         "max_position_embeddings": 520,
-        "initializer_range": 0.2,
+        # Large, so that tokens matter; not larger with the size, which would amplify rounding.
+        "initializer_range": 1.6 / hidden_size**0.5,
     }
     if name in ("bert", "roberta", "gpt2"):
         del sizes["num_key_value_heads"], sizes["head_dim"]

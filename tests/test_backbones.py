@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import VOCAB_SIZE, save_backbone, word_tokenizer
+from conftest import save_backbone
+from word_tokenizers import VOCAB_SIZE, word_tokenizer
 
 from revmux_vllm.backbones import FAMILIES, label_tokens, load_backbone
 from revmux_vllm.backbones.base import inside

@@ -89,7 +89,7 @@ def test_the_cheapest_kind_serves_and_what_is_left_needs_no_partner(
 
 def test_leftovers_of_merged_composites_still_merge() -> None:
     rungs = [Rung(2, 2), Rung(2, 1), Rung(3, 1)]
-    assert [str(rung) for rung, _ in pack_rungs([5] * 3, rungs)] == ["merge:2+mux:2", "merge:3"]
+    assert [str(rung) for rung, _ in pack_rungs([5] * 3, rungs)] == ["merge:2+mux:2", "merge:2"]
     assert [str(rung) for rung, _ in pack_rungs([5] * 3, rungs[:1])] == ["merge:2+mux:2", "alone"]
 
 

@@ -96,7 +96,10 @@ def test_policy() -> None:
     for options, message in (
         ({"linger": 3}, "unknown key linger; known are max_width and rungs"),
         ({"max_width": 3}, r"max_width: expected one of \[1, 2, 4\], found 3"),
-        ({"rungs": ["mux:8"]}, "rungs: the checkpoint has no mux:8; it has exit, mux:2, mux:4"),
+        (
+            {"rungs": ["mux:8"]},
+            "rungs: the checkpoint has no mux:8; it has exit, mux:2, mux:4, merge:2",
+        ),
         ({"rungs": ["x"]}, "rungs: rung 'x': expected exit, mux:N"),
         ({"rungs": "mux:2"}, "rungs: expected a list, found 'mux:2'"),
     ):

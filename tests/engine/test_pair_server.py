@@ -6,8 +6,9 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
-from conftest import make_tiny_checkpoint, save_pair_tokenizer
+from conftest import make_tiny_checkpoint
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from word_tokenizers import save_pair_tokenizer
 
 from revmux_vllm.local_server import LocalServer
 

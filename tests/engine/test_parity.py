@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import RecordingEngine, make_tiny_checkpoint, random_prompts, word_tokenizer
+from conftest import RecordingEngine, make_tiny_checkpoint, random_prompts
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
+from word_tokenizers import word_tokenizer
 
 from revmux_vllm import checkpoint
 from revmux_vllm.backbones import load_backbone

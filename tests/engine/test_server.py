@@ -19,8 +19,8 @@ import httpx
 import pytest
 import torch
 from bursts import parse_rung_counts
-from conftest import VOCAB_SIZE, word_tokenizer
 from transformers import LlamaConfig, LlamaForSequenceClassification
+from word_tokenizers import VOCAB_SIZE, word_tokenizer
 
 from revmux_vllm import checkpoint
 from revmux_vllm.adapters import AdapterLadder

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_tiny_checkpoint, revmux, save_pair_tokenizer, write_rows
+from conftest import make_tiny_checkpoint, revmux, write_rows
 from transformers import AutoTokenizer
+from word_tokenizers import save_pair_tokenizer
 
 from revmux_vllm import checkpoint
 from revmux_vllm.backbones import load_backbone

@@ -170,7 +170,10 @@ def test_a_stopped_training_resumes(
     ("change", "message"),
     [
         ("--rungs mux:2,mux:5", "5 does not divide"),
-        ("--rungs mux:two", "--rungs: rung 'mux:two': expected exit, mux:N, merge:N or"),
+        (
+            "--rungs mux:two",
+            "--rungs: rung 'mux:two': expected exit, mux:N, merge:N or merge:N+mux:N",
+        ),
         ("--widths 2", "--rungs and --widths: give one of them"),
         ("--prefill-layers 4", "fewer than the backbone's 4 layers"),
         ("--batch-size 3", "expected at least the widest width 4"),

@@ -5,6 +5,7 @@ numbers of rows (models/gemma3n.py does the same), and its head. What lies betwe
 trunks is plain PyTorch over the indices of the step's ``MuxLayout``.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar
 
@@ -39,7 +40,7 @@ def classify_pooler(
     )
 
 
-class RevMuxForSequenceClassification(nn.Module, SupportsQuant):
+class RevMuxForSequenceClassification(nn.Module, SupportsQuant, ABC):
     """Backbone, adapters and vLLM's own pooler with the backbone's head.
 
     Attributes:
@@ -101,9 +102,9 @@ class RevMuxForSequenceClassification(nn.Module, SupportsQuant):
                 )
             )
 
+    @abstractmethod
     def build(self, vllm_config: VllmConfig, prefill_layers: int) -> list[Any]:
         """Set the layers, the head and ``pooler``; return the attentions of the upper layers."""
-        raise NotImplementedError
 
     def build_score(self, vllm_config: VllmConfig) -> None:
         """Set ``score``, a linear head without bias, and the ``pooler`` that reads it."""
@@ -118,9 +119,9 @@ class RevMuxForSequenceClassification(nn.Module, SupportsQuant):
         )
         self.pooler = classify_pooler(vllm_config, self.score)
 
+    @abstractmethod
     def own_name(self, name: str) -> str:
         """Name in the backbone's checkpoint to name here; empty for what is not needed."""
-        raise NotImplementedError
 
     def trunk_of(self, layer: int) -> str:
         """Which trunk has a backbone layer."""
@@ -212,10 +213,10 @@ class RevMuxForSequenceClassification(nn.Module, SupportsQuant):
 
     def _named(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         rows: dict[str, Tensor] = {}
+        dtype = next(self.adapters.parameters()).dtype
         for name, weight in weights:
             if name.startswith(checkpoint.KEY_PREFIX):
-                own = "adapters." + name.removeprefix(checkpoint.KEY_PREFIX)
-                yield own, weight.to(next(self.adapters.parameters()).dtype)
+                yield "adapters." + name.removeprefix(checkpoint.KEY_PREFIX), weight.to(dtype)
                 continue
             if self.word_tokens and name in ("lm_head.weight", self.embeddings_name):
                 rows[name] = weight[self.word_tokens]
