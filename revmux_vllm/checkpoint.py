@@ -95,6 +95,7 @@ def validate(folder: str | Path) -> RevMuxConfig:
     """
     folder = Path(folder)
     config, values = read_config(folder)
+    _check_named_backbone(folder, values)
     expected = meta_ladder(config, values).state_dict()
     path = folder / ADAPTER_FILE
     if not path.is_file():
@@ -123,6 +124,33 @@ def validate(folder: str | Path) -> RevMuxConfig:
     if problems:
         raise ValueError(f"{path}:\n" + "\n".join(problems))
     return config
+
+
+def _check_named_backbone(folder: Path, values: dict[str, Any]) -> None:
+    """A backbone of another shape would fail late, or load in silence: Mistral's names are LLaMA's.
+
+    One that is on the hub, or not here yet, is not asked for.
+    """
+    named = Path(backbone_folder(folder)) / "config.json"
+    if named.parent == folder or not named.is_file():
+        return
+    found = json.loads(named.read_text(encoding="utf-8"))
+    differing = [
+        f"{key}: {found.get(key)!r} in the backbone, {values.get(key)!r} here"
+        for key in ("model_type", "hidden_size", "num_hidden_layers", "d_model", "num_layers")
+        if found.get(key) != values.get(key)
+    ]
+    if differing:
+        raise ValueError(
+            f"{folder / 'config.json'}: revmux.backbone: {named.parent} is not the backbone that "
+            f"the adapters were trained on: {'; '.join(differing)}; name that one"
+        )
+
+
+def adapter_dtype(folder: str | Path) -> torch.dtype:
+    """In which the adapters of a valid folder are stored."""
+    with safe_open(Path(folder) / ADAPTER_FILE, "pt") as file:
+        return DTYPES[file.get_slice(next(iter(file.keys()))).get_dtype()]
 
 
 def load_adapters(folder: str | Path, dtype: torch.dtype | None = None) -> AdapterLadder:
@@ -260,14 +288,15 @@ def weight_files(backbone: str | Path) -> list[Path]:
 
 def write_card(folder: Path, card: str, report: dict[str, Any] | None) -> None:
     """The model card, and what was measured; an older report goes."""
-    _write(folder / "README.md", card)
+    write_whole(folder / "README.md", card.encode())
     if report:
-        _write(folder / REPORT_FILE, json.dumps(report, indent=1) + "\n")
+        write_whole(folder / REPORT_FILE, json.dumps(report, indent=1).encode() + b"\n")
     else:
         (folder / REPORT_FILE).unlink(missing_ok=True)
 
 
-def _write(path: Path, text: str) -> None:
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file, or on a full disk leave the one that was there."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
+    partial.write_bytes(content)
     partial.replace(path)

@@ -130,7 +130,13 @@ def train(
     bundle_backbone: Annotated[
         bool, typer.Option(help="Copy the backbone into the folder instead of naming it.")
     ] = False,
-    store_dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    store_dtype: Annotated[
+        str,
+        typer.Option(
+            help="Of the adapters: `float32`, `bfloat16`, `float16`; `auto` is the backbone's. "
+            "Serving computes them in it, or in --dtype where that is wider."
+        ),
+    ] = "auto",
     resume: Annotated[bool, typer.Option(help="Continue an interrupted training.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
 ) -> None:
@@ -239,20 +245,26 @@ def inspect(folder: Folder, as_json: AsJson = False) -> None:
         return
     table = Table(title=str(folder), show_header=False)
     for key, value in facts.items():
-        if not isinstance(value, dict):
+        if not isinstance(value, dict | list) or key == "label_words":
             table.add_row(key.replace("_", " "), _plain(value))
     console = Console()
     console.print(table)
-    rungs = Table("rung", "layer limit", "parameters added", "of the backbone", "accuracy")
+    rungs = Table()
+    for column in ("rung", "limit", "added", "of backbone", "speed-up", "accuracy"):
+        rungs.add_column(column, no_wrap=True)
     for rung, row in facts["rungs"].items():
         accuracy = row["accuracy"]
         rungs.add_row(
             rung,
             f"{row['layer_limit']:.2f}x",
             f"{row['parameters']:,}",
-            "" if row["parameters_share"] is None else f"{100 * row['parameters_share']:.1f} %",
+            f"{100 * row['parameters_share']:.1f} %",
+            f"{row['speedup']:.2f}x" if accuracy else "",
             f"{100 * accuracy['mean']:.1f} %" if accuracy else "not measured",
         )
+    for row in facts["early_exit"]:
+        name = f"early exit after layer {row['layer']}"
+        rungs.add_row(name, "", "", "", f"{row['speedup']:.2f}x", f"{100 * row['accuracy']:.1f} %")
     console.print(rungs)
 
 

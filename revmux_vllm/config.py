@@ -87,7 +87,10 @@ class RevMuxConfig:
         _raise(problems)
 
     def kind(self, rung: Rung) -> tuple[Rung, ...]:
-        """``rung`` and what serves those whom it leaves over: as merged, and no wider."""
+        """``rung`` and what serves those whom it leaves over: as merged, and no wider.
+
+        Empty for the backbone alone.
+        """
         if rung.exit:
             return (rung,)
         alike = (r for r in self.rungs if r.merge == rung.merge and not r.exit)

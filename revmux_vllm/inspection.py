@@ -4,10 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from transformers import AutoConfig
 
 from revmux_vllm import bundled, checkpoint
-from revmux_vllm.config import layer_limit
+from revmux_vllm.backbones import model_class
+from revmux_vllm.config import RevMuxConfig, layer_limit
 
 
 def describe(folder: str | Path) -> dict[str, Any]:
@@ -21,7 +22,7 @@ def describe(folder: str | Path) -> dict[str, Any]:
     _, values = checkpoint.read_config(folder)
     hidden_size, layers = checkpoint.backbone_shape(values)
     named = checkpoint.backbone_folder(folder)
-    backbone = _count_parameters(Path(named))
+    backbone = _count_parameters(folder, config)
     report = checkpoint.read_report(folder)
     rungs = {}
     for rung, adapter in checkpoint.meta_ladder(config, values).items():
@@ -30,7 +31,8 @@ def describe(folder: str | Path) -> dict[str, Any]:
         rungs[str(rung)] = {
             "layer_limit": layer_limit(rung.saving, config.prefill_layers, layers),
             "parameters": count,
-            "parameters_share": count / backbone if backbone else None,
+            "parameters_share": count / backbone,
+            "speedup": measured.get("speedup"),
             "accuracy": measured.get("accuracy"),
             "agreement": measured.get("agreement"),
         }
@@ -45,15 +47,13 @@ def describe(folder: str | Path) -> dict[str, Any]:
         "prefill_layers": config.prefill_layers,
         "label_words": list(config.label_words) if config.label_words else None,
         "rungs": rungs,
+        "early_exit": report.get("early_exit", []),
     }
 
 
-def _count_parameters(folder: Path) -> int | None:
-    """Numbers in a folder's safetensors files, its adapters left out; None if it is not here."""
-    files = [path for path in folder.glob("*.safetensors") if path.name != checkpoint.ADAPTER_FILE]
-    total = 0
-    for path in files:
-        with safe_open(path, "pt") as file:
-            for key in file.keys():  # noqa: SIM118
-                total += int(torch.Size(file.get_slice(key).get_shape()).numel())
-    return total if files else None
+def _count_parameters(folder: Path, config: RevMuxConfig) -> int:
+    """Of the backbone, by its config alone: its weights may be on the hub."""
+    hf_config = AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        model = model_class(hf_config, config.label_words).from_config(hf_config)
+    return sum(parameter.numel() for parameter in model.parameters())

@@ -226,16 +226,18 @@ class RecordingEngine:
         self.scheduler.schedule = recording
 
     def classify(
-        self, prompts: list[list[int]], **options: Any
+        self, prompts: list[list[int]], salts: list[str] | None = None
     ) -> tuple[torch.Tensor, list[tuple[int, ...]], list[Rung]]:
         """Probabilities (B, C), the groups that they were computed in, and these groups' rungs."""
         from vllm import TokensPrompt
 
         self.plans.clear()
         outputs = self.llm.classify(
-            [TokensPrompt(prompt_token_ids=prompt) for prompt in prompts],
+            [
+                TokensPrompt(prompt_token_ids=prompt) | ({"cache_salt": salts[i]} if salts else {})
+                for i, prompt in enumerate(prompts)
+            ],
             use_tqdm=False,
-            **options,
         )
         index = {output.request_id: i for i, output in enumerate(outputs)}
         plans = [plan for plan in self.plans if plan is not None]

@@ -56,6 +56,17 @@ def test_the_backbone_can_be_named(tmp_path: Path) -> None:
     assert not (folder / "model.safetensors").exists()
     assert (folder / "tokenizer.json").exists()
     assert checkpoint.backbone_folder(folder) == str(tmp_path / "backbone")
+    checkpoint.validate(folder)
+
+
+def test_another_backbone_than_the_named_one_is_refused(tmp_path: Path) -> None:
+    folder = make_tiny_checkpoint(tmp_path, bundle_backbone=False)
+    shutil.rmtree(tmp_path / "backbone")
+    checkpoint.validate(folder)  # not here yet
+    make_tiny_checkpoint(tmp_path / "other", family="mistral", num_layers=5)
+    (tmp_path / "other" / "backbone").rename(tmp_path / "backbone")
+    with pytest.raises(ValueError, match=r"model_type: 'mistral' .* num_hidden_layers: 5 in the"):
+        checkpoint.validate(folder)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,15 @@ FAMILIES: dict[str, type[Backbone]] = {
     "t5": T5Backbone,
 }
 
-__all__ = ["FAMILIES", "Backbone", "check_family", "label_tokens", "load_backbone"]
+__all__ = [
+    "FAMILIES",
+    "Backbone",
+    "check_family",
+    "label_tokens",
+    "load_backbone",
+    "model_class",
+    "most_positions",
+]
 
 
 def check_family(config: Any, label_words: Sequence[str] | None = None) -> None:
@@ -47,6 +55,14 @@ def check_family(config: Any, label_words: Sequence[str] | None = None) -> None:
             "T5ForSequenceClassification is not supported: it reads the whole text a second time "
             "in its decoder, which a composite cannot"
         )
+
+
+def most_positions(config: Any) -> int | None:
+    """Tokens that a backbone has positions for; None where they are relative."""
+    positions: int | None = getattr(config, "max_position_embeddings", None)
+    if positions is not None and config.model_type == "roberta":
+        positions -= config.pad_token_id + 1  # it counts them from behind its padding token
+    return positions
 
 
 def label_tokens(tokenizer: Any, label_words: Sequence[str]) -> list[int]:
@@ -75,6 +91,17 @@ def output_scale(config: Any) -> float:
     return config.hidden_size**-0.5 if getattr(config, "scale_decoder_outputs", False) else 1.0
 
 
+def model_class(config: Any, label_words: Sequence[str] | None) -> Any:
+    """The auto class of transformers that reads a backbone of a supported family."""
+    import transformers
+
+    if not label_words:
+        return transformers.AutoModelForSequenceClassification
+    if FAMILIES[config.model_type] is T5Backbone:
+        return transformers.AutoModelForSeq2SeqLM
+    return transformers.AutoModelForCausalLM
+
+
 def load_backbone(
     folder: str | Path, prefill_layers: int, label_words: Sequence[str] | None = None
 ) -> Backbone:
@@ -90,24 +117,14 @@ def load_backbone(
         ValueError: for a family that is not supported, weights that are missing, or a word that is
             not one token.
     """
-    from transformers import (
-        AutoConfig,
-        AutoModelForCausalLM,
-        AutoModelForSeq2SeqLM,
-        AutoModelForSequenceClassification,
-        AutoTokenizer,
-    )
+    from transformers import AutoConfig, AutoTokenizer
 
     config = AutoConfig.from_pretrained(folder)
     check_family(config, label_words)
-    family = FAMILIES[config.model_type]
-    loader: Any = AutoModelForSequenceClassification
-    if label_words:
-        loader = AutoModelForSeq2SeqLM if family is T5Backbone else AutoModelForCausalLM
     if quantization := getattr(config, "quantization_config", None):
         # Else transformers keeps int8 weights until the whole model runs, which it never does here.
         quantization["run_compressed"] = False
-    model, loaded = loader.from_pretrained(
+    model, loaded = model_class(config, label_words).from_pretrained(
         folder, config=config, dtype=torch.float32, output_loading_info=True
     )
     if missing := sorted(loaded["missing_keys"]):
@@ -120,6 +137,7 @@ def load_backbone(
             f"{folder}: not a trained {type(model).__name__}: no weights for "
             f"{', '.join(missing[:3])}; {cure}"
         )
+    family = FAMILIES[config.model_type]
     if not label_words:
         return family(model, prefill_layers, None)
     tokens = label_tokens(AutoTokenizer.from_pretrained(folder), label_words)

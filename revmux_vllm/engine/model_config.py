@@ -15,9 +15,10 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.utils.math_utils import cdiv
 
 from revmux_vllm import checkpoint
+from revmux_vllm.backbones import most_positions
 from revmux_vllm.config import RevMuxConfig
 from revmux_vllm.engine.bundled_names import native_dtype
-from revmux_vllm.engine.plugin import POOL_FIRST_TOKEN, WITHOUT_KV_CACHE
+from revmux_vllm.engine.plugin import ONE_PROCESS, POOL_FIRST_TOKEN, WITHOUT_KV_CACHE
 from revmux_vllm.engine.policy import read_policy
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ class RevMuxModelConfig(VerifyAndUpdateConfig):
         from vllm.config import CUDAGraphMode
 
         vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
+        _cap_length(vllm_config)
         _size_kv_cache(vllm_config)
         if vllm_config.model_config.dtype.itemsize == 2 and native_dtype() == "float32":
             logger.warning(
@@ -85,6 +87,11 @@ def _refuse_impossible_options(vllm_config: "VllmConfig") -> None:
             "between two layers of one worker; use 1, and --data-parallel-size or replicas to "
             "scale out"
         )
+    if parallel.tensor_parallel_size > 1 and model.architecture in ONE_PROCESS:
+        refused.append(
+            f"--tensor-parallel-size {parallel.tensor_parallel_size}: transformers' T5 runs in one "
+            "process; use 1, and --data-parallel-size or replicas to scale out"
+        )
     if vllm_config.lora_config is not None:
         refused.append("--enable-lora: adapters of another kind; leave the option out")
     if vllm_config.speculative_config is not None:
@@ -105,6 +112,18 @@ def _refuse_impossible_options(vllm_config: "VllmConfig") -> None:
         refused.append("VLLM_USE_V2_MODEL_RUNNER=1: the V1 model runner is needed; unset it")
     if refused:
         raise ValueError("RevMUX cannot run with\n  " + "\n  ".join(refused))
+
+
+def _cap_length(vllm_config: "VllmConfig") -> None:
+    """No prompt beyond an encoder's table of positions: it would end the engine.
+
+    vLLM does not know where RoBERTa's ends: it looks for ``position_embedding_type``, which
+    transformers 5 no longer has.
+    """
+    model = vllm_config.model_config
+    positions = most_positions(model.hf_config)
+    if model.architecture in POOL_FIRST_TOKEN and positions and model.max_model_len > positions:
+        model.max_model_len = vllm_config.scheduler_config.max_model_len = positions
 
 
 def _size_kv_cache(vllm_config: "VllmConfig") -> None:

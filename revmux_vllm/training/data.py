@@ -92,7 +92,10 @@ def read_rows(
     for number, row in rows:
         text = tuple(row[column] for column in texts_at)
         if not all(isinstance(part, str) for part in text):
-            raise ValueError(f"{source}: row {number}: expected text, found {text}")
+            raise ValueError(
+                f"{source}: row {number}: expected text, found {text}; write it as a string, or "
+                "name the columns of the text with --text-columns"
+            )
         if not all(part.strip() for part in text):
             raise ValueError(f"{source}: row {number}: empty text; drop the row")
         texts.append(text if len(text) > 1 else text[0])
@@ -162,8 +165,10 @@ def _open(source: str | Path) -> tuple[list[str], Iterator[Row]]:
     try:
         return READERS[path.suffix](path)
     except UnicodeDecodeError as error:
+        row = error.object.count(b"\n", 0, error.start) + 1
         raise ValueError(
-            f"{source}: not UTF-8 at byte {error.start}; convert it, for example with iconv"
+            f"{source}: row {row}: not UTF-8 at byte {error.start}; convert the file, for example "
+            "with iconv"
         ) from error
 
 
@@ -180,8 +185,21 @@ def _read_tsv(path: Path) -> tuple[list[str], Iterator[Row]]:
 
 def _read_csv(path: Path) -> tuple[list[str], Iterator[Row]]:
     csv.field_size_limit(2**31 - 1)
-    reader = csv.reader(io.StringIO(path.read_bytes().decode("utf-8-sig"), newline=""))
-    return _fields(path, ((reader.line_num, fields) for fields in reader))
+    text = io.StringIO(path.read_bytes().decode("utf-8-sig"), newline="")
+    reader = csv.reader(text, strict=True)
+
+    def lines() -> Iterator[tuple[int, list[str]]]:
+        first = 1
+        try:
+            for fields in reader:
+                yield reader.line_num, fields
+                first = reader.line_num + 1
+        except csv.Error as error:
+            raise ValueError(
+                f"{path}: row {first}: {error}; close the quotes, and double those inside a text"
+            ) from error
+
+    return _fields(path, lines())
 
 
 def _fields(path: Path, lines: Iterator[tuple[int, list[str]]]) -> tuple[list[str], Iterator[Row]]:
@@ -191,7 +209,9 @@ def _fields(path: Path, lines: Iterator[tuple[int, list[str]]]) -> tuple[list[st
         for number, fields in lines:
             if len(fields) != len(header):
                 raise ValueError(
-                    f"{path}: row {number}: expected {len(header)} fields, found {len(fields)}"
+                    f"{path}: row {number}: expected {len(header)} fields, found {len(fields)}; "
+                    + ("quote" if path.suffix == ".csv" else "replace")
+                    + " separators and line ends that belong to a text"
                 )
             yield number, dict(zip(header, fields, strict=True))
 
@@ -205,9 +225,13 @@ def _read_jsonl(path: Path) -> tuple[list[str], Iterator[Row]]:
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise ValueError(f"{path}: row {number}: not JSON: {error}") from error
+            raise ValueError(
+                f"{path}: row {number}: not JSON: {error}; write one object a line"
+            ) from error
         if not isinstance(row, dict):
-            raise ValueError(f"{path}: row {number}: expected an object, found {line[:40]!r}")
+            raise ValueError(
+                f"{path}: row {number}: expected an object with column names, found {line[:40]!r}"
+            )
         return row
 
     columns = list(parse(1, lines[0])) if lines else []
@@ -216,7 +240,10 @@ def _read_jsonl(path: Path) -> tuple[list[str], Iterator[Row]]:
         for number, line in enumerate(lines, 1):
             row = parse(number, line)
             if missing := [column for column in columns if column not in row]:
-                raise ValueError(f"{path}: row {number}: missing {', '.join(missing)}")
+                raise ValueError(
+                    f"{path}: row {number}: missing {', '.join(missing)}, which the first row has; "
+                    "add it or drop the row"
+                )
             yield number, dict(row)
 
     return columns, rows()

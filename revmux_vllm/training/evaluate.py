@@ -85,9 +85,9 @@ def evaluate(
         features: of labelled rows.
         names: of the classes.
         window: requests that are packed together.
-        answer: computes the classes; default: the reference on ``features``.
+        answer: computes the classes, the backbone's own too; default: the reference on
+            ``features``.
     """
-    own = features.logits.argmax(-1)
     lengths = features.lengths.tolist()
     config = ladder.config
     costs = Costs(backbone, round(sum(lengths) / len(lengths)))
@@ -95,12 +95,13 @@ def evaluate(
     def reference(rung: Rung, groups: Groups, parts: Sequence[Any]) -> Tensor:
         return predict(backbone, ladder, features, groups).argmax(-1)
 
+    shuffles = list(windows(len(lengths), window))
+    own = answer(Rung(), [], shuffles[0]) if answer else features.logits.argmax(-1)
     report: dict[str, Any] = {
         "backbone": scores([own], features) | {"accuracy": _share(own == features.labels)},
         "mean_tokens": sum(lengths) / len(lengths),
         "rungs": {},
     }
-    shuffles = list(windows(len(lengths), window))
     # Without a composite the company does not matter: one round is all ten.
     rounds = [(r, s) for r in config.rungs for s in (shuffles if r.mux > 1 else shuffles[:1])]
     answers: dict[Rung, list[Tensor]] = {rung: [] for rung in config.rungs}
@@ -116,12 +117,13 @@ def evaluate(
             "agreement": _summary([_share(c == own) for c in classes]),
         } | scores(classes, features)
     report["widths"] = {str(n): report["rungs"][str(Rung(mux=n))] for n in config.widths}
-    return report | {"early_exit": _exit_rows(exits, features, costs), "classes": list(names)}
+    return report | {"early_exit": _exit_rows(exits, features, own, costs), "classes": list(names)}
 
 
 @torch.no_grad()
-def _exit_rows(exits: nn.ModuleDict, features: Features, costs: Costs) -> list[dict[str, Any]]:
-    own = features.logits.argmax(-1)
+def _exit_rows(
+    exits: nn.ModuleDict, features: Features, own: Tensor, costs: Costs
+) -> list[dict[str, Any]]:
     rows = []
     for place, (layer, head) in enumerate(exits.items()):
         device = next(head.parameters()).device

@@ -9,6 +9,7 @@ from safetensors.torch import save as serialize
 from torch import nn
 
 from revmux_vllm.adapters import ExitHead
+from revmux_vllm.checkpoint import write_whole
 
 MOST_EXITS = 5
 # In a folder of its own: vLLM reads every safetensors file that lies beside config.json.
@@ -36,7 +37,7 @@ def save_exits(folder: Path, exits: nn.ModuleDict, inner_size: int, dtype: torch
     path = folder / EXIT_FILE
     path.parent.mkdir(exist_ok=True)
     state = {key: tensor.to(dtype).contiguous() for key, tensor in exits.state_dict().items()}
-    path.write_bytes(serialize(state, metadata={"inner_size": str(inner_size)}))
+    write_whole(path, serialize(state, metadata={"inner_size": str(inner_size)}))
 
 
 def load_exits(folder: Path, hidden_size: int, num_labels: int) -> nn.ModuleDict:

@@ -82,15 +82,12 @@ def extract(
         overflow: folder for prefill states that do not fit into memory.
 
     Raises:
-        ValueError: when they fit nowhere, or a row has no tokens.
+        ValueError: when they fit nowhere.
     """
     device = next(backbone.layers[0].parameters()).device
     encoded = tokenize(tokenizer, data, max_tokens)
     ids, types = encoded["input_ids"], encoded.get("token_type_ids")
     lengths = torch.tensor([len(row) for row in ids])
-    if not lengths.all():
-        row = int(lengths.argmin())
-        raise ValueError(f"the tokenizer makes no token of {data.texts[row]!r}; drop such rows")
     if cut := int((lengths == max_tokens).sum()):
         logger.warning(
             "%d of %d rows reach --max-tokens %d and may be cut", cut, len(ids), max_tokens
@@ -133,13 +130,21 @@ def _keep(seen: dict[int, Tensor], layer: int) -> Any:
 
 
 def tokenize(tokenizer: Any, data: LabelledText, max_tokens: int) -> Any:
-    """Token ids of single texts or pairs, and what else the tokenizer gives; not padded."""
+    """Token ids of single texts or pairs, and what else the tokenizer gives; not padded.
+
+    Raises:
+        ValueError: naming the row of which the tokenizer makes no token.
+    """
     texts: list[list[str]]
     if data.pairs:
         texts = [list(side) for side in zip(*data.texts, strict=True)]
     else:
         texts = [list(map(str, data.texts))]
-    return tokenizer(*texts, truncation=True, max_length=max_tokens)
+    encoded = tokenizer(*texts, truncation=True, max_length=max_tokens)
+    for text, ids in zip(data.texts, encoded["input_ids"], strict=True):
+        if not ids:
+            raise ValueError(f"the tokenizer makes no token of {text!r}; drop such rows")
+    return encoded
 
 
 def _pad(rows: list[list[int]], index: Tensor, device: torch.device) -> Tensor:

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoTokenizer, set_seed
 
 from revmux_vllm import checkpoint
 from revmux_vllm.adapters import AdapterLadder
-from revmux_vllm.backbones import check_family, load_backbone
+from revmux_vllm.backbones import FAMILIES, check_family, load_backbone, most_positions
 from revmux_vllm.config import RevMuxConfig
 from revmux_vllm.rungs import Rung
 from revmux_vllm.training import data, trainer
@@ -19,11 +19,12 @@ from revmux_vllm.training.card import model_card
 from revmux_vllm.training.device import process_state
 from revmux_vllm.training.evaluate import evaluate
 from revmux_vllm.training.exits import exit_layers, make_exits, save_exits
-from revmux_vllm.training.features import Features, extract
+from revmux_vllm.training.features import Features, extract, tokenize
 from revmux_vllm.training.plot import plot_report
 from revmux_vllm.training.recipes import Recipe
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+AUTO = "auto"  # as the backbone's weights are
 PLOT_FILE = "accuracy.png"
 
 
@@ -105,6 +106,7 @@ def train_checkpoint(
     if evaluation is not None:
         measured_rows = data.read_rows(evaluation, names, **columns, need_labels=True)
         check_pairs(config, measured_rows, evaluation)
+        tokenize(tokenizer, measured_rows, max_tokens)  # what cannot be measured is no use trained
     kept, held = data.split_rows(len(rows), hold_out, seed)
     state = process_state()
     widest = max(rung.mux for rung in rungs)
@@ -157,7 +159,8 @@ def train_checkpoint(
     del features
     if not state.is_main_process:
         return None
-    dtype = DTYPES[store_dtype]
+    own_dtype = hf_config.dtype if hf_config.dtype in DTYPES.values() else torch.float32
+    dtype = own_dtype if store_dtype == AUTO else DTYPES[store_dtype]
     for part in (ladder, exits):
         part.to(dtype).float()  # measured as stored
 
@@ -169,13 +172,13 @@ def train_checkpoint(
     )
     save_exits(output, exits, config.adapter_hidden_size, dtype)
     (output / PLOT_FILE).unlink(missing_ok=True)
-    shutil.move(work / trainer.LOG_FILE, output / "training-log.jsonl")
     report: dict[str, Any] = {}
     if measured_rows is not None:
         own = features_of(measured_rows)
         report = evaluate(cut, ladder, exits, own, names)
         checkpoint.write_card(output, card(report), report)
         plot_report(report, output / PLOT_FILE, output.name)
+    shutil.move(work / trainer.LOG_FILE, output / "training-log.jsonl")
     shutil.rmtree(work)
     return report
 
@@ -196,8 +199,8 @@ def _check_numbers(
         problems.append(f"--max-tokens {max_tokens}: expected at least 1")
     if accumulation < 1:
         problems.append(f"--gradient-accumulation {accumulation}: expected at least 1")
-    if store_dtype not in DTYPES:
-        problems.append(f"--store-dtype {store_dtype}: expected {', '.join(DTYPES)}")
+    if store_dtype not in (AUTO, *DTYPES):
+        problems.append(f"--store-dtype {store_dtype}: expected {', '.join((AUTO, *DTYPES))}")
     if problems:
         raise ValueError("\n".join(problems))
 
@@ -212,12 +215,9 @@ def _check_task(hf_config: Any, label_words: Sequence[str] | None, max_tokens: i
 
 def check_max_tokens(hf_config: Any, max_tokens: int) -> None:
     """Raise ValueError where texts may have more tokens than the backbone has positions."""
-    positions = getattr(hf_config, "max_position_embeddings", None)
-    if positions is not None:
-        # RoBERTa counts positions from behind its padding token.
-        positions -= hf_config.pad_token_id + 1 if hf_config.model_type == "roberta" else 0
-        if max_tokens > positions:
-            raise ValueError(f"--max-tokens {max_tokens}: the backbone takes {positions} at most")
+    positions = most_positions(hf_config)
+    if positions is not None and max_tokens > positions:
+        raise ValueError(f"--max-tokens {max_tokens}: the backbone takes {positions} at most")
 
 
 def read_backbone_config(backbone: str) -> Any:
@@ -227,7 +227,8 @@ def read_backbone_config(backbone: str) -> Any:
     except (OSError, ValueError) as error:
         raise ValueError(
             f"--backbone {backbone}: neither a folder with a config.json nor a model of the hub "
-            f"that can be reached: {str(error).splitlines()[0]}"
+            f"that can be reached, of a family that is supported ({', '.join(FAMILIES)}): "
+            f"{str(error).splitlines()[0]}"
         ) from error
 
 

@@ -300,7 +300,9 @@ def train(
 
 
 def _forget_lines(log: Path, step: int) -> None:
-    """Drop what was reported behind ``step``: it is run again."""
+    """Drop what was reported behind ``step``: it is run again. Nothing may have been yet."""
+    if not log.is_file():
+        return
     lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
     kept = [line for line in lines if json.loads(line)["step"] <= step]
     log.write_text("".join(kept), encoding="utf-8")

@@ -39,8 +39,18 @@ def test_refused_by_name_with_the_cure(
         configure(tiny_checkpoint, **options)
 
 
-def test_t5_is_not_served_in_float16(tmp_path: Path) -> None:
+def test_roberta_takes_as_many_tokens_as_it_has_positions_for(tmp_path: Path) -> None:
+    """They count from behind its padding token, so a prompt of 520 would end the engine."""
+    config = configure(make_tiny_checkpoint(tmp_path, family="roberta"))
+    assert config.model_config.hf_config.max_position_embeddings == 520
+    assert config.model_config.max_model_len == 519
+    assert config.scheduler_config.max_model_len == 519
+
+
+def test_t5_is_not_served_in_float16_nor_by_two_processes(tmp_path: Path) -> None:
     folder = make_tiny_checkpoint(tmp_path, family="t5", label_words=("w8", "w7"))
+    with pytest.raises(ValueError, match="--tensor-parallel-size 2: transformers' T5"):
+        configure(folder, tensor_parallel_size=2)
     with pytest.raises(ValueError, match="T5 overflows in float16"):
         EngineArgs(model=str(folder), dtype="float16").create_engine_config()
     chosen = EngineArgs(model=str(folder)).create_engine_config().model_config.dtype

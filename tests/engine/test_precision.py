@@ -45,8 +45,20 @@ def test_half_precision(
     words: dict[str, Any] = {"label_words": ("w8", "w7", "w311")} if family == "t5" else {}
     folder = make_tiny_checkpoint(tmp_path, family=family, rungs=ALL, **words)
     engine, reference = make_engine(folder, dtype=dtype), reference_of(folder)
+    # The backbone is narrowed, the adapters stay as they are stored.
+    dtypes = engine.llm.apply_model(dtypes_of)
+    assert dtypes == [{dtype, "float32"}]
     for kind in (MUX, BOTH):
         check(engine, reference, kind, tolerance)
+
+
+def dtypes_of(model: torch.nn.Module) -> set[str]:
+    """Of the parameters, without the head, which vLLM keeps in float32."""
+    return {
+        str(parameter.dtype).removeprefix("torch.")
+        for name, parameter in model.named_parameters()
+        if "score" not in name and "classifier" not in name
+    }
 
 
 def quantize(backbone: Path) -> None:

@@ -87,13 +87,13 @@ def test_without_a_label_column_rows_are_unlabelled(tmp_path: Path) -> None:
         ),
         ("", "row 1: expected the columns .* found nothing"),
         ("label\ttext\n", "no rows below the header"),
-        ("label\ttext\n1\tfine\tmore\n", "row 2: expected 2 fields, found 3"),
+        ("label\ttext\n1\tfine\tmore\n", "row 2: expected 2 fields, found 3; replace"),
         ("label\ttext\n1\tfine\n2\tfine\n", "row 3: label '2': expected an integer from 0 to 1"),
         ("label\ttext\ngood\tfine\n", "row 2: label 'good': .* negative, positive"),
         ("label\ttext\n1\tfine\nnegative\tbad\n", "row 3: label 'negative': mixed label types"),
         ("label\ttext\n1\t \n", "row 2: empty text"),
         ("label\ttext\n1\tfine\n1\tgood\n", "all 2 rows have the label 'positive'"),
-        (b"label\ttext\n1\t\xff\xfe\n", "not UTF-8 at byte 13"),
+        (b"label\ttext\n1\t\xff\xfe\n", "row 2: not UTF-8 at byte 13"),
     ],
 )
 def test_mistakes_are_named(tmp_path: Path, content: str | bytes, message: str) -> None:
@@ -104,12 +104,17 @@ def test_mistakes_are_named(tmp_path: Path, content: str | bytes, message: str) 
 @pytest.mark.parametrize(
     ("suffix", "content", "message"),
     [
-        (".jsonl", '{"text": "a", "label": 0}\n{"text": "b"}\n', "row 2: missing label"),
-        (".jsonl", '{"text": "a", "label": 0}\nnonsense\n', "row 2: not JSON"),
-        (".jsonl", '{"text": "a", "label": 0}\n[1]\n', r"row 2: expected an object, found '\[1\]'"),
+        (".jsonl", '{"text": "a", "label": 0}\n{"text": "b"}\n', "row 2: missing label, .* add it"),
+        (
+            ".jsonl",
+            '{"text": "a", "label": 0}\nnonsense\n',
+            "row 2: not JSON: .* one object a line",
+        ),
+        (".jsonl", '{"text": "a", "label": 0}\n[1]\n', r"row 2: expected an object .* '\[1\]'"),
         (".jsonl", '{"text": "a", "label": true}\n', "row 1: label True: expected an integer"),
-        (".jsonl", '{"text": 3, "label": 1}\n', r"row 1: expected text, found \(3,\)"),
-        (".csv", "label,text\n0,a\n1,b,c\n", "row 3: expected 2 fields, found 3"),
+        (".jsonl", '{"text": 3, "label": 1}\n', r"row 1: expected text, found \(3,\); write"),
+        (".csv", "label,text\n0,a\n1,b,c\n", "row 3: expected 2 fields, found 3; quote"),
+        (".csv", 'label,text\n0,a\n1,"b\n0,c\n', "row 3: unexpected end of data; close the quotes"),
         (".parquet", "nonsense", "not a Parquet file"),
         (".xlsx", "nonsense", "expected a file ending in .tsv, .csv, .jsonl, .parquet"),
     ],

@@ -133,18 +133,28 @@ def test_costs_count_everything(tiny_checkpoint: Path) -> None:
 
 
 def through_both(command: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The rungs of ``revmux eval`` by the reference and through the engine."""
+    """What ``revmux eval`` says by the reference and through the engine."""
     reference = json.loads(revmux(f"{command} --json").stdout)
     # A process of its own: whatever any worker prints on standard output would show.
     words = [sys.executable, "-m", "revmux_vllm.cli", *command.split(), "--json", "--engine"]
     done = subprocess.run(words, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    return reference["rungs"], json.loads(done.stdout)["rungs"]
+    return reference, json.loads(done.stdout)
 
 
 @pytest.mark.parametrize("window", [64, 24])
 def test_the_engine_agrees_with_the_reference(trained: Path, rows: Path, window: int) -> None:
     reference, engine = through_both(f"eval {trained} --eval {rows} --window {window}")
+    assert engine == reference
+
+
+def test_the_engine_answers_with_words_as_the_reference_does(tmp_path: Path) -> None:
+    folder = make_tiny_checkpoint(
+        tmp_path, family="t5", rungs="mux:2,merge:2", label_words=("w8", "w7")
+    )
+    reference, engine = through_both(
+        f"eval {folder} --eval {write_rows(tmp_path / 'd.tsv', 48, 1)}"
+    )
     assert engine == reference
 
 
@@ -167,5 +177,8 @@ def test_the_engine_is_told_which_text_of_a_pair_is_which(tmp_path: Path) -> Non
     values = json.loads((folder / "config.json").read_text())
     values["revmux"]["pairs"] = False
     (folder / "config.json").write_text(json.dumps(values))
+    refused = revmux(f"eval {folder} --eval {tmp_path / 'pairs.tsv'}").output
+    assert "pairs of texts, but the adapters are trained on single texts" in refused
     untold = json.loads(revmux(single).stdout)
-    assert untold["rungs"]["merge:2"]["confusion"] != reference["merge:2"]["confusion"]
+    told = reference["rungs"]["merge:2"]["confusion"]
+    assert untold["rungs"]["merge:2"]["confusion"] != told

@@ -1,6 +1,7 @@
 """``revmux train`` as a user runs it, on tiny backbones."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from safetensors.torch import load, load_file
 from revmux_vllm import checkpoint
 from revmux_vllm.cli import DEFAULT_RUNGS, _rungs
 from revmux_vllm.rungs import parse_rungs
-from revmux_vllm.training import trainer
+from revmux_vllm.training import run, trainer
 from revmux_vllm.training.exits import EXIT_FILE, exit_layers
 
 WB = ("weight", "bias")
@@ -66,11 +67,32 @@ def test_the_folder_is_a_checkpoint(trained: Path) -> None:
     }
 
 
-def test_the_backbone_is_bitwise_unchanged(trained: Path) -> None:
-    before = load_file(trained.parent / "backbone" / "model.safetensors")
-    after = load_file(trained / "model.safetensors")
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[key], after[key]) for key in before)
+def test_adapters_and_exits_are_trained_and_the_backbone_is_bitwise_unchanged(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    optimised: list[str] = []
+    layers: list[torch.nn.Module] = []
+    create = trainer.Trainer.create_optimizer
+
+    def watched(self: Any, *args: Any, **kwargs: Any) -> Any:
+        optimizer = create(self, *args, **kwargs)
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        for group in optimizer.param_groups:
+            optimised.extend(names[id(parameter)] for parameter in group["params"])
+        layers.extend(self.model.backbone.layers)
+        return optimizer
+
+    monkeypatch.setattr(trainer.Trainer, "create_optimizer", watched)
+    assert train("--learning-rate 0.1").exit_code == 0
+    adapters = load_file(tmp_path / "out" / checkpoint.ADAPTER_FILE)
+    exits = load_file(tmp_path / "out" / EXIT_FILE)
+    expected = {key.replace(checkpoint.KEY_PREFIX, "ladder.", 1) for key in adapters}
+    assert sorted(optimised) == sorted(expected | {f"exits.{key}" for key in exits})
+    stored = load_file(tmp_path / "backbone" / "model.safetensors")
+    assert len(layers) == 4
+    for i, layer in enumerate(layers):
+        for key, tensor in layer.state_dict().items():
+            assert torch.equal(tensor, stored[f"model.layers.{i}.{key}"]), key
 
 
 def test_every_adapter_parameter_has_moved(train: Train, tmp_path: Path) -> None:
@@ -106,6 +128,15 @@ def test_every_family_trains(family: str, words: str, train: Train, tmp_path: Pa
     config, values = checkpoint.read_config(tmp_path / "out")
     assert values["architectures"] == [checkpoint.ARCHITECTURES[family]]
     assert config.label_words == (tuple(words.split(",")) if words else None)
+
+
+def test_a_cross_encoder_of_one_label_trains(train: Train, tmp_path: Path) -> None:
+    save_backbone("bert", tmp_path / "backbone", num_labels=1)
+    result = train(f"--eval {write_rows(tmp_path / 'dev.tsv', 32, 1)}")
+    assert result.exit_code == 0, result.output
+    report = checkpoint.read_report(tmp_path / "out")
+    assert report["classes"] == ["no", "yes"]
+    assert [sum(row) for row in report["rungs"]["mux:2"]["confusion"]] == [16, 16]
 
 
 def test_mixed_precision_and_accumulated_batches(train: Train, tmp_path: Path) -> None:
@@ -166,6 +197,59 @@ def test_a_stopped_training_resumes(
     assert "no unfinished training" in nothing.output
 
 
+@pytest.mark.parametrize("more", ["", "--hold-out 0 --batch-size 32"])
+def test_what_stops_while_measuring_resumes(
+    more: str, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where so little was trained that nothing was logged."""
+    options = f"--eval {write_rows(tmp_path / 'dev.tsv', 32, 1)} {more}"
+
+    def full(*args: Any, **kwargs: Any) -> Any:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "evaluate", full)
+        stopped = train(options)
+    assert stopped.exit_code == 2
+    assert "--resume continues it" in " ".join(stopped.output.split())
+    checkpoint.validate(tmp_path / "out")
+    resumed = train(f"{options} --resume")
+    assert resumed.exit_code == 0, resumed.output
+    assert checkpoint.read_report(tmp_path / "out")["rungs"]
+
+
+def test_a_training_stopped_before_its_first_report_resumes(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(self: Any, args: Any, state: Any, *more: Any, **kwargs: Any) -> None:
+        if state.global_step == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.JsonLines, "on_step_end", interrupt, raising=False)
+        assert "--resume" in train("--hold-out 0").output
+    assert trainer.unfinished(tmp_path / "out" / "trainer"), "nothing to resume"
+    resumed = train("--hold-out 0 --resume")
+    assert resumed.exit_code == 0, resumed.output
+
+
+def test_a_full_disk_is_told_from_other_errors(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch and safetensors report it as an error of their own."""
+
+    def broken(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("PytorchStreamWriter failed writing file")
+
+    monkeypatch.setattr(trainer.Trainer, "_save_checkpoint", broken)
+    assert isinstance(train().exception, RuntimeError)
+    monkeypatch.setattr(trainer, "FULL_DISK", 1 << 62)
+    shutil.rmtree(tmp_path / "out")
+    stopped = train()
+    assert stopped.exit_code == 2
+    assert "No space left on device" in stopped.output
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -181,7 +265,7 @@ def test_a_stopped_training_resumes(
         ("--backbone nowhere", "neither a folder with a config.json nor a model of the hub"),
         ("--train nowhere.tsv", "no such file"),
         ("--eval nowhere.tsv", "no such file"),
-        ("--store-dtype int8", "expected float32, bfloat16, float16"),
+        ("--store-dtype int8", "expected auto, float32, bfloat16, float16"),
         ("--adapter-type best", "expected one of revmux, ora, vanilla"),
         ("--recipe secret", "expected default or paper"),
         ("--hold-out 1", "0 to below 1"),

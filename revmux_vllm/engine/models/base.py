@@ -83,10 +83,15 @@ class RevMuxForSequenceClassification(nn.Module, SupportsQuant, ABC):
                 attention.attn_backend, self.pools_first
             )
             self.upper_layer_names.append(attention.layer_name)
-        device = torch.empty(0).device
+        here = torch.empty(0)
         with torch.device("meta"):
             adapters = AdapterLadder(self.revmux, hf_config.hidden_size)
-        self.adapters = adapters.to_empty(device=device)
+        # Never narrower than they were trained, whatever the backbone is served in.
+        self.adapter_dtype = here.dtype
+        if vllm_config.load_config.load_format != "dummy":
+            stored = checkpoint.adapter_dtype(model_config.model)
+            self.adapter_dtype = torch.promote_types(stored, here.dtype)
+        self.adapters = adapters.to_empty(device=here.device).to(self.adapter_dtype)
         # Named, since vLLM passes over a file that a sharded backbone's index does not list.
         self.secondary_weights = [
             DefaultModelLoader.Source(
@@ -169,18 +174,17 @@ class RevMuxForSequenceClassification(nn.Module, SupportsQuant, ABC):
     def multiplex(self, hidden: Tensor, layout: MuxLayout) -> Tensor:
         """Token rows (num_tokens, D) to upper rows (U, D)."""
         parts = [hidden[layout.alone]]
-        padded = torch.cat([hidden, hidden.new_zeros(1, hidden.shape[-1])])
+        padded = torch.cat([hidden, hidden.new_zeros(1, hidden.shape[-1])]).to(self.adapter_dtype)
         for part in layout.rungs:
             adapter = self.adapters[part.rung]
             source = padded
             if adapter.merger is not None:
                 source = adapter.merger(padded[part.tokens], part.merged)
-            if adapter.mux is None:
-                parts.append(source)
-                continue
-            if adapter.merger is not None:
-                source = torch.cat([source, padded[-1:]])
-            parts.append(adapter.mux.multiplex(source[part.rows], part.present))
+            if adapter.mux is not None:
+                if adapter.merger is not None:
+                    source = torch.cat([source, padded[-1:]])
+                source = adapter.mux.multiplex(source[part.rows], part.present)
+            parts.append(source.to(hidden.dtype))
         return torch.cat(parts)
 
     def demultiplex(self, out: Tensor, hidden: Tensor, layout: MuxLayout) -> Tensor:
@@ -193,16 +197,18 @@ class RevMuxForSequenceClassification(nn.Module, SupportsQuant, ABC):
         # Summed in float32 as the reference does; in half precision the order would show.
         total = torch.zeros(len(lengths), hidden.shape[-1], device=hidden.device)
         total.index_add_(0, layout.sequence_of_token, hidden.float())
-        mean = (total / lengths[:, None]).to(hidden.dtype)
-        skip = torch.stack([hidden[layout.pooled_token], mean], dim=1)  # (B, 2, D)
+        parts = [hidden[layout.pooled_token], total / lengths[:, None]]
+        skip = torch.stack([part.to(self.adapter_dtype) for part in parts], dim=1)  # (B, 2, D)
         for part in layout.rungs:
             adapter = self.adapters[part.rung]
-            vectors = adapter.read(out[part.read_at], part.stream, skip[part.sequence])
-            result[layout.pooled_token[part.sequence]] = vectors
+            read = out[part.read_at].to(self.adapter_dtype)
+            vectors = adapter.read(read, part.stream, skip[part.sequence])
+            result[layout.pooled_token[part.sequence]] = vectors.to(hidden.dtype)
         if len(layout.exits):
             exit_head = self.adapters[Rung(exit=True)].exit
             assert exit_head is not None
-            result[layout.pooled_token[layout.exits]] = exit_head(skip[layout.exits])
+            vectors = exit_head(skip[layout.exits])
+            result[layout.pooled_token[layout.exits]] = vectors.to(hidden.dtype)
         return result
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
@@ -213,10 +219,10 @@ class RevMuxForSequenceClassification(nn.Module, SupportsQuant, ABC):
 
     def _named(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         rows: dict[str, Tensor] = {}
-        dtype = next(self.adapters.parameters()).dtype
         for name, weight in weights:
             if name.startswith(checkpoint.KEY_PREFIX):
-                yield "adapters." + name.removeprefix(checkpoint.KEY_PREFIX), weight.to(dtype)
+                own = "adapters." + name.removeprefix(checkpoint.KEY_PREFIX)
+                yield own, weight.to(self.adapter_dtype)
                 continue
             if self.word_tokens and name in ("lm_head.weight", self.embeddings_name):
                 rows[name] = weight[self.word_tokens]
