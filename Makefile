@@ -24,7 +24,7 @@ demo test: export HF_HUB_OFFLINE = 1
 
 help:
 	@echo "make demo    classify 320 sentences, multiplexed and not, and compare"
-	@echo "make test    the test suite without what is marked slow or gpu"
+	@echo "make test    the test suite without what is marked slow"
 	@echo "make lint    ruff and mypy"
 	@echo "make clean   remove caches and build output; $(VENV) stays"
 	@echo

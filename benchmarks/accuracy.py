@@ -23,16 +23,18 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from revmux_vllm.training.card import span
 from revmux_vllm.training.plot import best_exits, plot_frontier
 
 ROOT = Path(__file__).resolve().parent.parent
 # Names of the classes (words for the T5) and epochs of MiniLM's fine-tuning.
 TASKS = {
-    "sst2": ("negative,positive", 1),
-    "mrpc": ("different,same", 3),
-    "rte": ("yes,no", 3),
-    "qnli": ("yes,no", 1),
+    "sst2": ("negative,positive", 2),
+    "mrpc": ("different,same", 5),
+    "rte": ("yes,no", 10),
+    "qnli": ("yes,no", 3),
 }
+SHARES = ("accuracy", "agreement")
 STUDENTS = {"llama": ["--layers", "12"], "t5": ["--layers", "6"]}
 CONTENDERS = {
     "default": [],
@@ -134,10 +136,24 @@ def rows_of(
     shared |= {"backbone": report["backbone"]["accuracy"]}
     rows = []
     for rung, row in report["rungs"].items():
-        kept = {key: row[key] for key in ("prefill_layers", "speedup", "accuracy", "agreement")}
+        kept = {key: row[key] for key in ("prefill_layers", "speedup", *SHARES)}
         early = early_exit_at(exits, report["backbone"]["accuracy"], row["speedup"])
         rows.append(shared | {"rung": rung, "early_exit": early} | kept)
     return rows
+
+
+def exit_rows(
+    ladders: Ladders, backbone: float, exits: dict[int, dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """The best early exit after each layer, as rows of the result."""
+    shared = {"family": ladders.family, "task": ladders.task, "contender": "early exit"}
+    return [
+        shared
+        | {"rung": "", "backbone": backbone, "early_exit": row["accuracy"]}
+        | {"prefill_layers": layer, "speedup": row["speedup"]}
+        | {key: dict.fromkeys(("mean", "min", "max"), row[key]) for key in SHARES}
+        for layer, row in exits.items()
+    ]
 
 
 def early_exit_at(
@@ -196,6 +212,7 @@ def main(
         exits = best_exits(reports.values())
         for name, report in reports.items():
             result += rows_of(ladders, name, report, exits)
+        result += exit_rows(ladders, next(iter(reports.values()))["backbone"]["accuracy"], exits)
         title = f"{task}, {family}"
         own = [name for name in reports if "paper" not in name]
         plot_frontier(reports, work / f"{family}-{task}.png", title, own)
@@ -215,8 +232,7 @@ def main(
             str(row["prefill_layers"]),
             row["rung"],
             f"{row['speedup']:.2f}x",
-            f"{100 * accuracy['mean']:.1f} "
-            f"({100 * accuracy['min']:.1f} to {100 * accuracy['max']:.1f})",
+            span(accuracy),
             f"{100 * agreement:.1f}",
             "" if early is None else f"{100 * early:.1f}",
             f"{100 * row['backbone']:.1f}",

@@ -326,7 +326,7 @@ def _errors(hint: str = "") -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        _fail(f"{error}; install what training needs: pip install 'revmux-vllm[train]'")
+        _fail(f"{error}; in a clone of this repository `pip install -e '.[train]'` cures it")
     except ValueError as error:
         _fail(str(error))
     except OSError as error:

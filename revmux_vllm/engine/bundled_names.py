@@ -3,8 +3,7 @@
 vLLM has a redirection of names (``VLLM_MODEL_REDIRECT_PATH``), but 0.32 asks the hub for a name
 twice before it reads that: in ``EngineArgs.__post_init__`` with ``HF_HUB_OFFLINE=1``, and in
 ``create_engine_config`` always (engine/arg_utils.py). A name that is no repository fails there, so
-both places are wrapped, the only patches in the project. tests/engine/test_bundled_names.py
-expires them.
+both places are wrapped. tests/engine/test_bundled_names.py expires them.
 """
 
 import functools

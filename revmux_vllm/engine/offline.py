@@ -42,9 +42,7 @@ class OfflineEngine:
         try:
             from vllm import LLM
         except ImportError as error:
-            raise ValueError(
-                f"--engine: {error}; install vLLM with 'revmux-vllm[cpu]' or 'revmux-vllm[cuda]'"
-            ) from error
+            raise ValueError(f"--engine: {error}; tools/install.sh installs vLLM") from error
         self.prompts: list[list[int]] = tokenize(tokenizer, texts, max_tokens)["input_ids"]
         longest = max(map(len, self.prompts))
         self.llm = LLM(

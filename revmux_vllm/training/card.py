@@ -67,8 +67,8 @@ def report_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
         rows.append(
             (
                 rung,
-                _span(row["accuracy"]),
-                _span(row["agreement"]),
+                span(row["accuracy"]),
+                span(row["agreement"]),
                 f"{row['speedup']:.2f}x",
                 f"{row['layer_limit']:.2f}x",
             )
@@ -80,6 +80,7 @@ def _percent(share: float) -> str:
     return f"{100 * share:.1f}"
 
 
-def _span(summary: dict[str, float]) -> str:
+def span(summary: dict[str, float]) -> str:
+    """Mean (lowest to highest), per cent; the mean alone where all are the same."""
     mean, low, high = (_percent(summary[key]) for key in ("mean", "min", "max"))
     return mean if low == high else f"{mean} ({low} to {high})"
