@@ -48,13 +48,10 @@ def read_config(folder: str | Path) -> tuple[RevMuxConfig, dict[str, Any]]:
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder}: not a checkpoint folder: config.json is missing")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON: {error}") from error
+    values = _read_json(path)
     if "revmux" not in values:
         raise ValueError(f"{path}: revmux: missing; is this a plain backbone? `revmux train` it")
-    architecture = ARCHITECTURES.get(values.get("model_type"))
+    architecture = ARCHITECTURES.get(values.get("model_type", ""))
     if values.get("architectures") != [architecture]:
         raise ValueError(
             f"{path}: architectures: expected {[architecture]} for model_type "
@@ -66,6 +63,14 @@ def read_config(folder: str | Path) -> tuple[RevMuxConfig, dict[str, Any]]:
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return config, values
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from error
+    return values
 
 
 def backbone_shape(values: dict[str, Any]) -> tuple[int, int]:
@@ -84,7 +89,7 @@ def meta_ladder(config: RevMuxConfig, values: dict[str, Any]) -> AdapterLadder:
 def read_report(folder: str | Path) -> dict[str, Any]:
     """What was measured when the checkpoint was made; empty if nothing was."""
     path = Path(folder) / REPORT_FILE
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return _read_json(path) if path.is_file() else {}
 
 
 def validate(folder: str | Path) -> RevMuxConfig:
@@ -129,12 +134,19 @@ def validate(folder: str | Path) -> RevMuxConfig:
 def _check_named_backbone(folder: Path, values: dict[str, Any]) -> None:
     """A backbone of another shape would fail late, or load in silence: Mistral's names are LLaMA's.
 
-    One that is on the hub, or not here yet, is not asked for.
+    One on the hub is not asked for.
     """
     named = Path(backbone_folder(folder)) / "config.json"
-    if named.parent == folder or not named.is_file():
+    if named.parent == folder:
         return
-    found = json.loads(named.read_text(encoding="utf-8"))
+    if not named.is_file():
+        if not named.is_absolute():
+            return  # of the hub
+        raise ValueError(
+            f"{folder / 'config.json'}: revmux.backbone: {named.parent} is not there any more; put "
+            "it back, or write there where it is now (--bundle-backbone would have copied it)"
+        )
+    found = _read_json(named)
     differing = [
         f"{key}: {found.get(key)!r} in the backbone, {values.get(key)!r} here"
         for key in ("model_type", "hidden_size", "num_hidden_layers", "d_model", "num_layers")
@@ -266,11 +278,19 @@ def save(
 
 
 def check_output(folder: Path, backbone: str | Path, bundle_backbone: bool) -> None:
-    """Raise ValueError unless a checkpoint over ``backbone`` can be written to ``folder``."""
+    """Raise ValueError unless a checkpoint over ``backbone`` may be written to ``folder``.
+
+    Only to a new or empty folder, or over another checkpoint or an unfinished training.
+    """
     if Path(backbone).is_dir() and Path(backbone).resolve() == folder.resolve():
         raise ValueError(f"--output {folder}: that is the backbone's folder; choose another")
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--output {folder}: expected a folder, found a file")
+    own = (folder / name for name in ("partial", "trainer", ADAPTER_FILE))
+    if folder.exists() and any(folder.iterdir()) and not any(path.exists() for path in own):
+        raise ValueError(
+            f"--output {folder.resolve()}: has other files than a checkpoint's; choose a new folder"
+        )
     if bundle_backbone:
         weight_files(backbone)
 

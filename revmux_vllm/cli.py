@@ -9,13 +9,15 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
+from revmux_vllm import __version__
 from revmux_vllm.rungs import Rung, parse_rungs
 from revmux_vllm.training.recipes import RECIPES
 
 DEFAULT_RUNGS = "mux:2,mux:4,mux:8"
+PLOTS = (".png", ".svg", ".pdf")
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -25,6 +27,22 @@ app = typer.Typer(
     "`revmux train` makes a checkpoint folder from a frozen classifier, `revmux eval` measures it, "
     "`revmux inspect` tells what it is, `vllm serve FOLDER` serves it.",
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print it.")
+    ] = False,
+) -> None:
+    """The options before a command."""
+
 
 ROWS = "File (.tsv, .csv, .jsonl, .parquet) or hub data set (NAME:SPLIT, NAME:CONFIG:SPLIT)"
 RESUME = "An unfinished training keeps its last checkpoint: --resume continues it"
@@ -126,9 +144,10 @@ def train(
     ] = 0.02,
     max_tokens: MaxTokens = 256,
     gradient_accumulation: Annotated[int, typer.Option(help="Batches per step.")] = 1,
-    bf16: Annotated[bool, typer.Option(help="Automatic mixed precision.")] = False,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Automatic mixed precision.")] = False,
     bundle_backbone: Annotated[
-        bool, typer.Option(help="Copy the backbone into the folder instead of naming it.")
+        bool,
+        typer.Option("--bundle-backbone", help="Copy the backbone into the folder, not its name."),
     ] = False,
     store_dtype: Annotated[
         str,
@@ -137,7 +156,9 @@ def train(
             "Serving computes them in it, or in --dtype where that is wider."
         ),
     ] = "auto",
-    resume: Annotated[bool, typer.Option(help="Continue an interrupted training.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue an interrupted training.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
 ) -> None:
     """Train adapters for a frozen classifier and write a checkpoint folder.
@@ -146,7 +167,8 @@ def train(
     then `vllm serve my-revmux`. On several GPUs:
     `accelerate launch -m revmux_vllm.cli train ...`. `docs/training.md` has more.
     """  # fmt: skip
-    with _errors(RESUME):
+    with _errors(output):
+        _quiet()
         from revmux_vllm.training import run
 
         if recipe not in RECIPES:
@@ -181,7 +203,7 @@ def train(
         )
     if report is None:
         return
-    console = Console()
+    console = _console()
     if report:
         console.print(report_table(report))
     console.print(f"written to {output}; serve it with: vllm serve {output}", soft_wrap=True)
@@ -196,10 +218,10 @@ def eval_command(
     window: Annotated[int, typer.Option(help="Requests packed together.")] = 64,
     max_tokens: MaxTokens = 256,
     engine: Annotated[
-        bool, typer.Option(help="Answer through vLLM instead of the transformers reference.")
+        bool, typer.Option("--engine", help="Answer through vLLM, not the transformers reference.")
     ] = False,
     plot: Annotated[
-        Path | None, typer.Option(help="PNG of accuracy against speed-up to write.")
+        Path | None, typer.Option(help="Picture to write: accuracy against speed-up.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -208,6 +230,9 @@ def eval_command(
     Early exit, the rival that costs less to build, stands in the table and in the plot.
     """
     with _errors(), redirect_stdout(stderr):
+        _quiet()
+        if plot is not None and plot.suffix not in PLOTS:
+            raise ValueError(f"--plot {plot}: expected a file ending in {', '.join(PLOTS)}")
         from revmux_vllm.training.measure import measure
 
         report = measure(
@@ -222,7 +247,7 @@ def eval_command(
     if as_json:
         print(json.dumps(report))
     else:
-        console = Console()
+        console = _console()
         console.print(report_table(report))
         console.print(class_table(report))
     if plot is not None:
@@ -230,7 +255,7 @@ def eval_command(
 
         with _errors():
             plot_report(report, plot, folder.name)
-        Console(stderr=True).print(f"plot written to {plot}")
+        _console(stderr=True).print(f"plot written to {plot}", soft_wrap=True)
 
 
 @app.command()
@@ -247,7 +272,7 @@ def inspect(folder: Folder, as_json: AsJson = False) -> None:
     for key, value in facts.items():
         if not isinstance(value, dict | list) or key == "label_words":
             table.add_row(key.replace("_", " "), _plain(value))
-    console = Console()
+    console = _console()
     console.print(table)
     rungs = Table()
     for column in ("rung", "limit", "added", "of backbone", "speed-up", "accuracy"):
@@ -262,10 +287,13 @@ def inspect(folder: Folder, as_json: AsJson = False) -> None:
             f"{row['speedup']:.2f}x" if accuracy else "",
             f"{100 * accuracy['mean']:.1f} %" if accuracy else "not measured",
         )
-    for row in facts["early_exit"]:
-        name = f"early exit after layer {row['layer']}"
-        rungs.add_row(name, "", "", "", f"{row['speedup']:.2f}x", f"{100 * row['accuracy']:.1f} %")
     console.print(rungs)
+    if facts["early_exit"]:
+        exits = Table("early exit after layer", "speed-up", "accuracy")
+        for row in facts["early_exit"]:
+            shares = f"{row['speedup']:.2f}x", f"{100 * row['accuracy']:.1f} %"
+            exits.add_row(str(row["layer"]), *shares)
+        console.print(exits)
 
 
 def _plain(value: Any) -> str:
@@ -293,7 +321,8 @@ def class_table(report: dict[str, Any]) -> Table:
     names = report["classes"]
     table = Table(title="By class: scores in per cent, rows answered as each class")
     for column in ("", "class", "precision", "recall", "F1", *(f"as {name}" for name in names)):
-        table.add_column(column, justify="left" if column in ("", "class") else "right")
+        justify: Any = "left" if column in ("", "class") else "right"
+        table.add_column(column, justify=justify, no_wrap=column == "")
     rungs = {"backbone": report["backbone"]} | report["rungs"]
     for rung, row in rungs.items():
         for i, name in enumerate(names):
@@ -304,6 +333,14 @@ def class_table(report: dict[str, Any]) -> Table:
     return table
 
 
+def _quiet() -> None:
+    """Only errors of transformers: its bars and reports are not about the user's work."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
 def _split(words: str | None) -> list[str] | None:
     return None if words is None else words.split(",")
 
@@ -311,18 +348,33 @@ def _split(words: str | None) -> list[str] | None:
 def _rungs(rungs: str | None, widths: str | None) -> tuple[Rung, ...]:
     if rungs and widths:
         raise ValueError("--rungs and --widths: give one of them; --widths is the short form")
-    names = (DEFAULT_RUNGS if rungs is None else rungs).split(",")
+    names = [name.strip() for name in (DEFAULT_RUNGS if rungs is None else rungs).split(",")]
     if widths:
-        names = [f"mux:{width}" for width in widths.split(",")]
+        names = [f"mux:{width.strip()}" for width in widths.split(",")]
     try:
         return parse_rungs(names)
     except ValueError as error:
         raise ValueError(f"--widths {widths}: {error}" if widths else f"--rungs: {error}") from None
 
 
+def _console(stderr: bool = False) -> Console:
+    """Prints names of classes and folders as they are: no markup, no ``:train:`` as a picture."""
+    return Console(stderr=stderr, markup=False, emoji=False)
+
+
 @contextmanager
-def _errors(hint: str = "") -> Iterator[None]:
-    """What the user can mend ends the command with one message and status 2."""
+def _errors(output: Path | None = None) -> Iterator[None]:
+    """What the user can mend ends the command with one message and status 2.
+
+    ``output``: of a training, whose last checkpoint can be continued if there is one.
+    """
+
+    def stopped(message: str) -> NoReturn:
+        from revmux_vllm.training.trainer import unfinished
+
+        kept = output is not None and unfinished(output / "trainer")
+        _fail(f"{message}. {RESUME}" if kept else message)
+
     try:
         yield
     except ImportError as error:
@@ -330,15 +382,15 @@ def _errors(hint: str = "") -> Iterator[None]:
     except ValueError as error:
         _fail(str(error))
     except OSError as error:
-        _fail(f"{error}. {hint}".removesuffix(". "))
+        stopped(str(error))
     except KeyboardInterrupt:
-        _fail(f"interrupted. {hint}".removesuffix(". "))
+        print(file=stderr)  # below the progress bar
+        stopped("interrupted")
 
 
 def _fail(message: str) -> NoReturn:
-    # Escaped, or a message loses what stands in brackets.
-    text = f"[bold red]error:[/] {escape(message)}"
-    Console(stderr=True).print(text, highlight=False, soft_wrap=True)
+    text = Text.assemble(("error: ", "bold red"), message)
+    _console(stderr=True).print(text, highlight=False, soft_wrap=True)
     raise typer.Exit(2)
 
 

@@ -62,7 +62,8 @@ def test_the_backbone_can_be_named(tmp_path: Path) -> None:
 def test_another_backbone_than_the_named_one_is_refused(tmp_path: Path) -> None:
     folder = make_tiny_checkpoint(tmp_path, bundle_backbone=False)
     shutil.rmtree(tmp_path / "backbone")
-    checkpoint.validate(folder)  # not here yet
+    with pytest.raises(ValueError, match=r"revmux\.backbone: .*backbone is not there any more"):
+        checkpoint.validate(folder)
     make_tiny_checkpoint(tmp_path / "other", family="mistral", num_layers=5)
     (tmp_path / "other" / "backbone").rename(tmp_path / "backbone")
     with pytest.raises(ValueError, match=r"model_type: 'mistral' .* num_hidden_layers: 5 in the"):

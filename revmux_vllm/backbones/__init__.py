@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from revmux_vllm.backbones.base import Backbone, LabelWords
 from revmux_vllm.backbones.decoder import DecoderBackbone
@@ -80,6 +81,10 @@ def label_tokens(tokenizer: Any, label_words: Sequence[str]) -> list[int]:
                 f"{tokenizer.convert_ids_to_tokens(tokens)}; choose a word that is one token "
                 "(many tokenizers want the space before it, as in ' positive')"
             )
+        if tokens[0] == tokenizer.unk_token_id:
+            raise ValueError(
+                f"--label-words: the tokenizer does not know {word!r}; choose a word that it has"
+            )
         ids.append(tokens[0])
     if len(set(ids)) != len(ids):
         raise ValueError(f"--label-words: {list(label_words)} are not different tokens")
@@ -121,12 +126,21 @@ def load_backbone(
 
     config = AutoConfig.from_pretrained(folder)
     check_family(config, label_words)
+    tokens: list[int] = []
+    if label_words:
+        tokens = label_tokens(AutoTokenizer.from_pretrained(folder), label_words)
     if quantization := getattr(config, "quantization_config", None):
         # Else transformers keeps int8 weights until the whole model runs, which it never does here.
         quantization["run_compressed"] = False
-    model, loaded = model_class(config, label_words).from_pretrained(
-        folder, config=config, dtype=torch.float32, output_loading_info=True
-    )
+    try:
+        model, loaded = model_class(config, label_words).from_pretrained(
+            folder, config=config, dtype=torch.float32, output_loading_info=True
+        )
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"{folder}: the weights cannot be read: {str(error).splitlines()[0]}; is the folder "
+            "complete?"
+        ) from error
     if missing := sorted(loaded["missing_keys"]):
         cure = (
             "--label-words needs a language model; for a classifier with a head leave it out"
@@ -137,10 +151,5 @@ def load_backbone(
             f"{folder}: not a trained {type(model).__name__}: no weights for "
             f"{', '.join(missing[:3])}; {cure}"
         )
-    family = FAMILIES[config.model_type]
-    if not label_words:
-        return family(model, prefill_layers, None)
-    tokens = label_tokens(AutoTokenizer.from_pretrained(folder), label_words)
-    return family(
-        model, prefill_layers, LabelWords(model.lm_head.weight, tokens, output_scale(config))
-    )
+    words = LabelWords(model.lm_head.weight, tokens, output_scale(config)) if tokens else None
+    return FAMILIES[config.model_type](model, prefill_layers, words)

@@ -13,7 +13,7 @@ from revmux_vllm.training.device import process_state
 from revmux_vllm.training.evaluate import evaluate
 from revmux_vllm.training.exits import load_exits
 from revmux_vllm.training.features import extract
-from revmux_vllm.training.run import check_max_tokens, check_pairs, label_names
+from revmux_vllm.training.run import check_enough, check_max_tokens, check_pairs, label_names
 
 
 def measure(
@@ -51,6 +51,7 @@ def measure(
     check_pairs(config, texts, rows)
     if window < 1:
         raise ValueError(f"--window {window}: expected at least 1")
+    check_enough(config, len(texts), window)
     if max_tokens < 1:
         raise ValueError(f"--max-tokens {max_tokens}: expected at least 1")
     check_max_tokens(hf_config, max_tokens)

@@ -1,5 +1,8 @@
 """One training from start to finish: check everything, extract, train, measure, write."""
 
+import logging
+import math
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -17,15 +20,19 @@ from revmux_vllm.rungs import Rung
 from revmux_vllm.training import data, trainer
 from revmux_vllm.training.card import model_card
 from revmux_vllm.training.device import process_state
-from revmux_vllm.training.evaluate import evaluate
+from revmux_vllm.training.evaluate import WINDOW, evaluate
 from revmux_vllm.training.exits import exit_layers, make_exits, save_exits
 from revmux_vllm.training.features import Features, extract, tokenize
+from revmux_vllm.training.losses import UNLABELLED
 from revmux_vllm.training.plot import plot_report
 from revmux_vllm.training.recipes import Recipe
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 AUTO = "auto"  # as the backbone's weights are
 PLOT_FILE = "accuracy.png"
+_KEY = re.compile(r"revmux\.(\w+)")
+
+logger = logging.getLogger(__name__)
 
 
 def label_names(hf_config: Any, label_words: Sequence[str] | None) -> list[str]:
@@ -44,6 +51,16 @@ def check_pairs(config: RevMuxConfig, rows: data.LabelledText, source: str) -> N
         raise ValueError(
             f"{source}: {kinds[rows.pairs]}, but the adapters are trained on "
             f"{kinds[config.pairs]}; name the columns with --text-columns"
+        )
+
+
+def check_enough(config: RevMuxConfig, count: int, window: int) -> None:
+    """Raise ValueError where rows, or those that wait together, are too few for a composite."""
+    widest = max(rung.mux for rung in config.rungs)
+    if min(count, window) < widest:
+        raise ValueError(
+            f"{count} rows, {window} at a time, never fill a composite of {widest}; measure on "
+            f"at least {widest} rows, with --window {widest} or more"
         )
 
 
@@ -87,25 +104,35 @@ def train_checkpoint(
         _check_task(hf_config, label_words, max_tokens)
     except ValueError as error:
         raise ValueError(f"--backbone {backbone}: {error}") from None
-    tokenizer = AutoTokenizer.from_pretrained(backbone)
+    tokenizer = _read_tokenizer(backbone)
     layers, hidden_size = hf_config.num_hidden_layers, hf_config.hidden_size
     names = label_names(hf_config, label_words)
     columns: dict[str, Any] = {"text_columns": text_columns, "label_column": label_column}
-    config = RevMuxConfig(
-        rungs=rungs,
-        prefill_layers=prefill_layers if prefill_layers is not None else max(1, layers // 4),
-        adapter_type=adapter_type,
-        adapter_hidden_size=adapter_hidden_size,
-        skip=recipe.skip,
-        label_words=tuple(label_words) if label_words else None,
-    )
-    config.check_backbone(hidden_size, layers)
+    try:
+        config = RevMuxConfig(
+            rungs=rungs,
+            prefill_layers=prefill_layers if prefill_layers is not None else max(1, layers // 4),
+            adapter_type=adapter_type,
+            adapter_hidden_size=adapter_hidden_size,
+            skip=recipe.skip,
+            label_words=tuple(label_words) if label_words else None,
+        )
+        config.check_backbone(hidden_size, layers)
+    except ValueError as error:  # keys of config.json; here they are options
+        raise ValueError(_KEY.sub(lambda k: f"--{k[1].replace('_', '-')}", str(error))) from None
     rows = data.read_rows(train, names, **columns)
+    if set(rows.labels) == {UNLABELLED}:
+        logger.warning(
+            "%s: no column of labels, so the adapters learn from the backbone alone; if there is "
+            "one, name it with --label-column",
+            train,
+        )
     config = replace(config, pairs=rows.pairs)
     measured_rows = None
     if evaluation is not None:
         measured_rows = data.read_rows(evaluation, names, **columns, need_labels=True)
         check_pairs(config, measured_rows, evaluation)
+        check_enough(config, len(measured_rows), WINDOW)
         tokenize(tokenizer, measured_rows, max_tokens)  # what cannot be measured is no use trained
     kept, held = data.split_rows(len(rows), hold_out, seed)
     state = process_state()
@@ -187,11 +214,11 @@ def _check_numbers(
     recipe: Recipe, hold_out: float, max_tokens: int, accumulation: int, store_dtype: str
 ) -> None:
     problems = []
-    if recipe.epochs <= 0:
+    if not 0 < recipe.epochs < math.inf:
         problems.append(f"--epochs {recipe.epochs:g}: expected more than 0")
-    if recipe.learning_rate <= 0:
+    if not 0 < recipe.learning_rate < math.inf:
         problems.append(f"--learning-rate {recipe.learning_rate:g}: expected more than 0")
-    if recipe.copies < 0:
+    if not 0 <= recipe.copies < math.inf:
         problems.append(f"--augment {recipe.copies:g}: expected at least 0")
     if not 0 <= hold_out < 1:
         problems.append(f"--hold-out {hold_out}: expected a share of the rows, 0 to below 1")
@@ -222,13 +249,31 @@ def check_max_tokens(hf_config: Any, max_tokens: int) -> None:
 
 def read_backbone_config(backbone: str) -> Any:
     """The config of a folder or hub id; ValueError naming ``--backbone`` if there is none."""
+    if Path(backbone).is_file():
+        raise ValueError(f"--backbone {backbone}: expected a folder or hub id, found a file")
     try:
-        return AutoConfig.from_pretrained(backbone)
+        hf_config = AutoConfig.from_pretrained(backbone)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"--backbone {backbone}: neither a folder with a config.json nor a model of the hub "
             f"that can be reached, of a family that is supported ({', '.join(FAMILIES)}): "
             f"{str(error).splitlines()[0]}"
+        ) from error
+    if hasattr(hf_config, "revmux"):
+        raise ValueError(
+            f"--backbone {backbone}: that is a RevMUX checkpoint; give the classifier that it was "
+            "trained on"
+        )
+    return hf_config
+
+
+def _read_tokenizer(backbone: str) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(backbone)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"--backbone {backbone}: its tokenizer cannot be read; save it there with "
+            f"tokenizer.save_pretrained({backbone!r})"
         ) from error
 
 

@@ -12,11 +12,12 @@ import torch
 from datasets import Dataset
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainingArguments
 
 from revmux_vllm.adapters import AdapterLadder
 from revmux_vllm.backbones import Backbone
 from revmux_vllm.reference import demultiplex, exit_vectors, multiplex
+from revmux_vllm.training.callbacks import JsonLines, Progress, SameOrder
 from revmux_vllm.training.device import on_cpu, process_state
 from revmux_vllm.training.features import Features
 from revmux_vllm.training.losses import (
@@ -125,27 +126,6 @@ class LadderModel(nn.Module):
             return random_groups(lengths, width)
 
 
-class JsonLines(TrainerCallback):
-    """One JSON object per report of the trainer."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Append it; the main process alone."""
-        if state.is_world_process_zero:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": state.global_step} | logs) + "\n")
-
-
-class SameOrder(TrainerCallback):
-    """The order of an epoch's rows comes from seed and epoch, so a resumed one is the same."""
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The sampler draws from torch's own generator."""
-        torch.manual_seed(args.seed + int(state.epoch or 0))
-
-
 def unfinished(work: Path) -> Path | None:
     """The last complete trainer checkpoint under ``work``: its state is what is written last."""
     found = [path.parent for path in work.glob("checkpoint-*/trainer_state.json")]
@@ -172,9 +152,12 @@ def begin(work: Path, options: dict[str, Any], resume: bool) -> None:
         raise ValueError(
             f"{work}: an unfinished training; continue it with --resume, or remove that folder"
         )
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    path.write_text(json.dumps(options), encoding="utf-8")
+    try:
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+        path.write_text(json.dumps(options), encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"--output {work.parent}: cannot be written: {error}") from error
 
 
 def train(
@@ -271,6 +254,7 @@ def train(
         restore_callback_states_from_checkpoint=True,
         logging_steps=50,
         report_to=[],
+        disable_tqdm=True,  # ours in its place
         seed=seed,
         **arguments,
     )
@@ -283,9 +267,10 @@ def train(
         train_dataset=rows_of(features),
         eval_dataset=None if held_out is None else rows_of(held_out),
         data_collator=collate,
-        callbacks=[JsonLines(work / LOG_FILE), SameOrder()]
+        callbacks=[JsonLines(work / LOG_FILE), SameOrder(), Progress()]
         + ([EarlyStoppingCallback(patience)] if held_out is not None else []),
     )
+    trainer.remove_callback(PrinterCallback)
     last = unfinished(work)
     if last is not None:
         _forget_lines(work / LOG_FILE, int(last.name.split("-")[1]))

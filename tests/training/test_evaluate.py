@@ -69,6 +69,21 @@ def test_an_unwritable_plot_says_nothing_of_training(
     assert "--resume" not in result.output
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("--window 3", "64 rows, 3 at a time, never fill a composite of 4"),
+        ("--plot picture", "--plot picture: expected a file ending in .png, .svg, .pdf"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_first(
+    trained: Path, rows: Path, change: str, message: str
+) -> None:
+    result = revmux(f"eval {trained} --eval {rows} {change}")
+    assert result.exit_code == 2
+    assert message in " ".join(result.output.split())
+
+
 def test_rows_without_labels_cannot_be_measured(trained: Path, tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "dev.tsv", 8, 1, labels=False)
     result = revmux(f"eval {trained} --eval {rows}")

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Train, save_backbone, write_rows
+from conftest import Train, revmux, save_backbone, write_rows
 from safetensors.torch import load, load_file
 
-from revmux_vllm import checkpoint
+from revmux_vllm import bundled, checkpoint
 from revmux_vllm.cli import DEFAULT_RUNGS, _rungs
 from revmux_vllm.rungs import parse_rungs
 from revmux_vllm.training import run, trainer
@@ -136,7 +136,7 @@ def test_a_cross_encoder_of_one_label_trains(train: Train, tmp_path: Path) -> No
     assert result.exit_code == 0, result.output
     report = checkpoint.read_report(tmp_path / "out")
     assert report["classes"] == ["no", "yes"]
-    assert [sum(row) for row in report["rungs"]["mux:2"]["confusion"]] == [16, 16]
+    assert [sum(row) for row in report["rungs"]["mux:2"]["confusion"]] == pytest.approx([16, 16])
 
 
 def test_mixed_precision_and_accumulated_batches(train: Train, tmp_path: Path) -> None:
@@ -145,9 +145,12 @@ def test_mixed_precision_and_accumulated_batches(train: Train, tmp_path: Path) -
     assert json.loads(log[-1])["step"] == 144 // (3 * 16)
 
 
-def test_unlabelled_rows_are_enough(train: Train, tmp_path: Path) -> None:
+def test_unlabelled_rows_are_enough_and_are_not_taken_for_labelled_ones(
+    train: Train, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     write_rows(tmp_path / "train.tsv", 160, 0, labels=False)
     assert train().exit_code == 0
+    assert "no column of labels" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -276,16 +279,50 @@ def test_a_full_disk_is_told_from_other_errors(
         ("--bundle-backbone --backbone org/name", "not a folder with model.safetensors"),
         ("--adapter-hidden-size 0", "expected at least 1, found 0"),
         ("--label-words w3", "at least two different words"),
+        ("--label-words w3,unheard", "the tokenizer does not know 'unheard'"),
+        ("--backbone revmux-llama/config.json", "neither a folder with a config.json nor"),
+        ("--learning-rate nan", "--learning-rate nan: expected more than 0"),
+        ("--train sst2:train", "sst2:train: neither a file nor a hub data set"),
+        ("--eval few.tsv", "3 rows, 64 at a time, never fill a composite of 4"),
         ("--label-words w3,w4", "not a trained LlamaForCausalLM: no weights for lm_head.weight"),
     ],
 )
 def test_mistakes_end_with_a_clear_error(
-    train: Train, tmp_path: Path, change: str, message: str
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str, message: str
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "few.tsv", 3, 1)
     result = train(change)
     assert result.exit_code == 2, result.output
     assert message in " ".join(result.output.split())
+    assert "--resume" not in result.output, "there is nothing to resume"
     assert not (tmp_path / "out").exists()
+
+
+def test_what_is_no_checkpoint_is_not_overwritten(train: Train, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "README.md").write_text("mine")
+    result = train(f"--output {tmp_path / 'mine'}")
+    assert result.exit_code == 2
+    assert "has other files than a checkpoint's" in " ".join(result.output.split())
+    assert (tmp_path / "mine" / "README.md").read_text() == "mine"
+    backbone = train(f"--backbone {bundled.resolve('revmux-llama')}")
+    assert "that is a RevMUX checkpoint" in " ".join(backbone.output.split())
+
+
+def test_names_are_printed_as_they_are(train: Train, tmp_path: Path) -> None:
+    """Rich reads [brackets] as markup and :train: as a picture."""
+    save_backbone("llama", tmp_path / "backbone", num_labels=2)
+    config = json.loads((tmp_path / "backbone" / "config.json").read_text())
+    config |= {"id2label": {"0": "[/b]", "1": ":train:"}, "label2id": {"[/b]": 0, ":train:": 1}}
+    (tmp_path / "backbone" / "config.json").write_text(json.dumps(config))
+    dev = write_rows(tmp_path / "dev.tsv", 32, 1)
+    result = train(f"--output {tmp_path / 'out[v2]'} --eval {dev}")
+    assert result.exit_code == 0, result.output
+    assert f"vllm serve {tmp_path / 'out[v2]'}" in result.output
+    shown = revmux(f"eval {tmp_path / 'out[v2]'} --eval {dev}")
+    assert "[/b]" in shown.output
+    assert ":train:" in shown.output
 
 
 @pytest.mark.slow
