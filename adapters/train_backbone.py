@@ -123,7 +123,6 @@ def teacher(
         compute_metrics=accuracy,
     )
     trainer.train()
-    print(trainer.evaluate())
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
 
@@ -304,7 +303,6 @@ def student(
         compute_metrics=accuracy,
     )
     trainer.train()
-    print(trainer.evaluate())
     model.to(torch.bfloat16).save_pretrained(output)
 
 
