@@ -148,9 +148,9 @@ def _check_named_backbone(folder: Path, values: dict[str, Any]) -> None:
         )
     found = _read_json(named)
     differing = [
-        f"{key}: {found.get(key)!r} in the backbone, {values.get(key)!r} here"
+        f"{key}: {found[key]!r} in the backbone, {values[key]!r} here"
         for key in ("model_type", "hidden_size", "num_hidden_layers", "d_model", "num_layers")
-        if found.get(key) != values.get(key)
+        if key in found and key in values and found[key] != values[key]
     ]
     if differing:
         raise ValueError(
