@@ -26,6 +26,7 @@ from revmux_vllm.config import RevMuxConfig
 ADAPTER_FILE = "adapter.safetensors"
 KEY_PREFIX = "revmux."
 REPORT_FILE = "report.json"
+WORK_FOLDER = "trainer"  # of a training that has not ended, in the folder that it will write
 ARCHITECTURES = {
     "bert": "RevMuxBertForSequenceClassification",
     "roberta": "RevMuxRobertaForSequenceClassification",
@@ -286,7 +287,7 @@ def check_output(folder: Path, backbone: str | Path, bundle_backbone: bool) -> N
         raise ValueError(f"--output {folder}: that is the backbone's folder; choose another")
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--output {folder}: expected a folder, found a file")
-    own = (folder / name for name in ("partial", "trainer", ADAPTER_FILE))
+    own = (folder / name for name in ("partial", WORK_FOLDER, ADAPTER_FILE))
     if folder.exists() and any(folder.iterdir()) and not any(path.exists() for path in own):
         raise ValueError(
             f"--output {folder.resolve()}: has other files than a checkpoint's; choose a new folder"

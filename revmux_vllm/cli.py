@@ -370,10 +370,13 @@ def _errors(output: Path | None = None) -> Iterator[None]:
     """
 
     def stopped(message: str) -> NoReturn:
-        from revmux_vllm.training.trainer import unfinished
+        if output is not None:
+            from revmux_vllm.checkpoint import WORK_FOLDER
+            from revmux_vllm.training.trainer import unfinished
 
-        kept = output is not None and unfinished(output / "trainer")
-        _fail(f"{message}. {RESUME}" if kept else message)
+            if unfinished(output / WORK_FOLDER):
+                message = f"{message}. {RESUME}"
+        _fail(message)
 
     try:
         yield

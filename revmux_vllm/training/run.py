@@ -150,7 +150,7 @@ def train_checkpoint(
             f"and in all processes together at most the {len(kept)} training rows"
         )
     cut = load_backbone(backbone, config.prefill_layers, label_words).to(state.device)
-    work = output / "trainer"
+    work = output / checkpoint.WORK_FOLDER
     options = asdict(recipe) | config.to_dict()
     options |= {"seed": seed, "train": train, "backbone": backbone, "hold_out": hold_out}
     options |= {"max_tokens": max_tokens, "bf16": bf16, "text_columns": text_columns}

@@ -1,4 +1,4 @@
-"""Backbones in fewer bits: the answers stay near the reference.
+"""Backbones in fewer bits: the adapters stay as they are, and the answers stay near the reference.
 
 Wrong company changes a probability by 0.3 on average, far more than any tolerance here.
 """

@@ -110,7 +110,11 @@ def test_mistakes_are_named(tmp_path: Path, content: str | bytes, message: str) 
             '{"text": "a", "label": 0}\nnonsense\n',
             "row 2: not JSON: .* one object a line",
         ),
-        (".jsonl", '{"text": "a", "label": 0}\n[1]\n', r"row 2: expected an object .* '\[1\]'"),
+        (
+            ".jsonl",
+            '{"text": "a", "label": 0}\n[1]\n',
+            r"row 2: expected an object with column names, found '\[1\]'",
+        ),
         (".jsonl", '{"text": "a", "label": true}\n', "row 1: label True: expected an integer"),
         (".jsonl", '{"text": 3, "label": 1}\n', r"row 1: expected text, found \(3,\); write"),
         (".csv", "label,text\n0,a\n1,b,c\n", "row 3: expected 2 fields, found 3; quote"),

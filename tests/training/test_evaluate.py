@@ -157,9 +157,10 @@ def through_both(command: str) -> tuple[dict[str, Any], dict[str, Any]]:
     return reference, json.loads(done.stdout)
 
 
-def test_the_engine_agrees_with_the_reference(trained: Path, rows: Path) -> None:
+@pytest.mark.parametrize("window", [64, 24])
+def test_the_engine_agrees_with_the_reference(trained: Path, rows: Path, window: int) -> None:
     """Windows of 24 leave some over, of composites and of the last window."""
-    reference, engine = through_both(f"eval {trained} --eval {rows} --window 24")
+    reference, engine = through_both(f"eval {trained} --eval {rows} --window {window}")
     assert engine == reference
 
 

@@ -67,6 +67,13 @@ def test_the_folder_is_a_checkpoint(trained: Path) -> None:
     }
 
 
+def test_the_bundled_backbone_is_the_backbone_bit_for_bit(trained: Path) -> None:
+    before = load_file(trained.parent / "backbone" / "model.safetensors")
+    after = load_file(trained / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
 def test_adapters_and_exits_are_trained_and_the_backbone_is_bitwise_unchanged(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

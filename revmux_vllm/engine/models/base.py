@@ -91,7 +91,7 @@ class RevMuxForSequenceClassification(nn.Module, SupportsQuant, ABC):
         if vllm_config.load_config.load_format != "dummy":
             stored = checkpoint.adapter_dtype(model_config.model)
             self.adapter_dtype = torch.promote_types(stored, here.dtype)
-        self.adapters = adapters.to_empty(device=here.device).to(self.adapter_dtype)
+        self.adapters = adapters.to(self.adapter_dtype).to_empty(device=here.device)
         # Named, since vLLM passes over a file that a sharded backbone's index does not list.
         self.secondary_weights = [
             DefaultModelLoader.Source(
