@@ -1,25 +1,164 @@
-"""Time to plan a step: ``plan_requests`` over 1,024 waiting requests of mixed lengths."""
+"""Time to plan a step and padding, over queues of 100 to 100,000 waiting requests.
 
+The real scheduler with a queue of real requests: packing, choosing, vLLM's own ``schedule`` and the
+plan. No model runs: every step's requests are aborted and as many new ones arrive.
+"""
+
+import json
+import os
 import random
 import statistics
+import tempfile
 import time
+from pathlib import Path
+from typing import Annotated, Any
 
-from revmux_vllm.packing import plan_requests
-from revmux_vllm.rungs import parse_rungs
+import typer
+from rich.console import Console
+from rich.table import Table
 
-REQUESTS, ROUNDS = 1024, 200
-RUNGS = parse_rungs(["mux:2", "mux:4", "mux:8", "merge:2"])
+LENGTHS = (100, 300, 1_000, 3_000, 10_000, 30_000, 100_000)
+SHAPE = {
+    "model_type": "llama",
+    "architectures": ["RevMuxLlamaForSequenceClassification"],
+    "vocab_size": 100,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 512,
+    "revmux": {
+        "rungs": ["mux:2", "mux:4", "mux:8"],
+        "prefill_layers": 1,
+        "adapter_type": "revmux",
+        "format_version": 2,
+    },
+}
+
+
+def make_scheduler(folder: Path, policy: str) -> Any:
+    """The engine's scheduler without an engine."""
+    import torch
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+    from vllm.v1.structured_output import StructuredOutputManager
+
+    from revmux_vllm.engine.scheduler import RevMuxScheduler
+
+    (folder / "config.json").write_text(json.dumps(SHAPE))
+    config = EngineArgs(
+        model=str(folder),
+        load_format="dummy",
+        skip_tokenizer_init=True,
+        dtype="float32",
+        max_num_batched_tokens=8192,
+        max_num_seqs=256,
+        additional_config={"revmux": {"policy": policy}},
+    ).create_engine_config()
+    config.cache_config.num_gpu_blocks = blocks = 2048
+    spec = FullAttentionSpec(
+        block_size=16, num_kv_heads=2, head_size=32, head_size_v=32, dtype=torch.float32
+    )
+    return RevMuxScheduler(
+        vllm_config=config,
+        kv_cache_config=KVCacheConfig(
+            num_blocks=blocks,
+            kv_cache_tensors=[],
+            kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)],
+        ),
+        structured_output_manager=StructuredOutputManager(config),
+        block_size=16,
+        log_stats=True,
+    )
+
+
+class Queue:
+    """Requests of log-normal lengths (median 33 tokens, sigma 0.8), kept at one number."""
+
+    def __init__(self, scheduler: Any) -> None:
+        self.scheduler, self.rng, self.made = scheduler, random.Random(0), 0
+
+    def fill(self, waiting: int) -> None:
+        """Add requests until so many wait."""
+        from vllm import PoolingParams
+        from vllm.v1.request import Request
+
+        while len(self.scheduler.waiting) < waiting:
+            length = max(1, min(512, int(self.rng.lognormvariate(3.5, 0.8))))
+            self.made += 1
+            self.scheduler.add_request(
+                Request(
+                    request_id=str(self.made),
+                    prompt_token_ids=[7] * length,
+                    sampling_params=None,
+                    pooling_params=PoolingParams(task="classify"),
+                )
+            )
+
+    def step(self) -> tuple[float, float]:
+        """Milliseconds of one planned step, and of them those that are not vLLM's own."""
+        from vllm.v1.request import RequestStatus
+
+        self.scheduler.counts.clear()
+        start = time.perf_counter()
+        output = self.scheduler.schedule()
+        total_ms = 1e3 * (time.perf_counter() - start)
+        names = list(output.num_scheduled_tokens)
+        self.scheduler.finish_requests(names, RequestStatus.FINISHED_ABORTED)
+        return total_ms, self.scheduler.counts["us", "plan"] / 1e3
+
+
+def padding(scheduler: Any) -> float:
+    """Composite rows times streams over real tokens, less one, of the last step."""
+    counts = scheduler.counts
+    return float(counts["composite_slots", ""] / counts["composite_tokens", ""] - 1)
+
+
+def main(
+    rounds: Annotated[int, typer.Option(min=5, help="Steps measured at every length.")] = 50,
+    policy: Annotated[str, typer.Option(help="As in --additional-config revmux.")] = "fixed:4",
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object, no table.")] = False,
+) -> None:
+    """Plan steps over queues of growing length; median, and lowest to highest, in milliseconds."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    report = []
+    with tempfile.TemporaryDirectory() as folder:
+        scheduler = make_scheduler(Path(folder), policy)
+        queue = Queue(scheduler)
+        for waiting in LENGTHS:
+            ours, totals, pads = [], [], []
+            for _ in range(rounds):
+                queue.fill(waiting)
+                total_ms, plan_ms = queue.step()
+                totals.append(total_ms)
+                ours.append(plan_ms)
+                pads.append(padding(scheduler))
+            report.append(
+                {
+                    "waiting": waiting,
+                    "plan_ms": statistics.median(ours),
+                    "plan_ms_range": [min(ours), max(ours)],
+                    "schedule_ms": statistics.median(totals),
+                    "padding": statistics.median(pads),
+                }
+            )
+    if as_json:
+        print(json.dumps({"policy": policy, "rounds": rounds, "queues": report}))
+        return
+    table = Table("waiting", "plan, ms", "lowest to highest", "with vLLM's own, ms", "padding")
+    for row in report:
+        low, high = row["plan_ms_range"]
+        table.add_row(
+            f"{row['waiting']:,}",
+            f"{row['plan_ms']:.2f}",
+            f"{low:.2f} to {high:.2f}",
+            f"{row['schedule_ms']:.2f}",
+            f"{row['padding']:.1%}",
+        )
+    Console().print(table)
+
 
 if __name__ == "__main__":
-    rng = random.Random(0)
-    ids = [f"classify-{i}" for i in range(REQUESTS)]
-    lengths = [max(1, min(512, int(rng.lognormvariate(3.5, 0.8)))) for _ in ids]
-    times = []
-    for _ in range(ROUNDS):
-        start = time.perf_counter()
-        plan_requests(ids, lengths, RUNGS, [None] * REQUESTS)
-        times.append(1e3 * (time.perf_counter() - start))
-    print(
-        f"{REQUESTS} requests planned in {statistics.median(times):.3f} ms "
-        f"({min(times):.3f} to {max(times):.3f}), median of {ROUNDS}"
-    )
+    typer.run(main)

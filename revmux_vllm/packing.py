@@ -4,10 +4,14 @@ A plan says only which requests go together. How their rows are combined is the 
 and how the upper layers see them is the engine's.
 """
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 from revmux_vllm.rungs import Rung
+
+Packed = tuple[Rung, tuple[int, ...]]
+"""A rung, and indices of the requests that share it, carrier first."""
 
 
 @dataclass(frozen=True)
@@ -32,11 +36,11 @@ class MuxPlan:
         if [rung.mux for rung in self.rungs] != [len(group) for group in self.groups]:
             raise ValueError(f"plan: rungs {self.rungs} for composites {self.groups}")
 
-    def counts(self) -> dict[Rung, int]:
+    def counts(self) -> Counter[Rung]:
         """Requests by the rung at which they run."""
-        counts: dict[Rung, int] = {}
+        counts: Counter[Rung] = Counter()
         for rung in self.rungs:
-            counts[rung] = counts.get(rung, 0) + rung.mux
+            counts[rung] += rung.mux
         return counts
 
 
@@ -86,7 +90,8 @@ def pack_rungs(
     lengths: Sequence[int],
     rungs: Iterable[Rung],
     domains: Sequence[Hashable] | None = None,
-) -> list[tuple[Rung, tuple[int, ...]]]:
+    exact: Collection[int] = (),
+) -> list[Packed]:
     """``pack`` for the cheapest of ``rungs``, narrower ones as merged as it for what is left.
 
     What is left without a partner runs at the rung that merges as much, or else at the cheapest one
@@ -95,7 +100,16 @@ def pack_rungs(
     Args:
         lengths, domains: as for ``pack``.
         rungs: that may be used; the backbone alone always may.
+        exact: indices of those that run on the backbone alone whatever else may be used.
     """
+    if exact:
+        others = [i for i in range(len(lengths)) if i not in exact]
+        theirs = None if domains is None else [domains[i] for i in others]
+        packed = pack_rungs([lengths[i] for i in others], rungs, theirs)
+        return [
+            *((rung, tuple(others[i] for i in group)) for rung, group in packed),
+            *((Rung(), (i,)) for i in sorted(exact)),
+        ]
     ladder = [Rung(), *rungs]
     cheapest = max(ladder, key=lambda rung: (rung.saving, rung.merge))
     alone = max(
@@ -109,13 +123,71 @@ def pack_rungs(
     ]
 
 
-def plan_requests(
-    request_ids: Sequence[str],
+def first_of(
+    packed: Iterable[Packed],
     lengths: Sequence[int],
-    rungs: Iterable[Rung],
-    domains: Sequence[Hashable] | None = None,
-) -> MuxPlan:
-    """``pack_rungs`` under the requests' own names."""
-    packed = pack_rungs(lengths, rungs, domains)
-    groups = tuple(tuple(request_ids[i] for i in group) for _, group in packed)
-    return MuxPlan(groups, tuple(rung for rung, _ in packed))
+    rungs: Collection[Rung],
+    max_tokens: int,
+    max_requests: int,
+    fresh: Collection[int] = (),
+) -> list[Packed]:
+    """The composites that run now: the one with the longest waiting member first, and so on.
+
+    So whoever overtakes shares a composite with one that did not: the p-th request of the queue is
+    overtaken by at most ``(N - 1) * p`` others, and runs no later than if its predecessors had run
+    alone, as many in a step as there are composites. ``fresh`` ones may wait for one step more, as
+    long as a composite of the widest kind runs meanwhile. O(n log n).
+
+    Args:
+        packed: as ``pack_rungs`` gives them; indices are places in the queue.
+        lengths: tokens of each request.
+        rungs: as for ``pack_rungs``.
+        max_tokens, max_requests: of a step. A composite beyond them by itself runs in part. Upper
+            layers never have more rows or sequences than lower ones, so these are theirs too.
+        fresh: requests that may be left for the next step, where they may find partners.
+    """
+    chosen: list[Packed] = []
+    for rung, group in sorted(packed, key=lambda entry: min(entry[1])):
+        tokens = sum(lengths[i] for i in group)
+        if tokens > max_tokens or len(group) > max_requests:
+            if not chosen:
+                part = _fitting(sorted(group), lengths, max_tokens, max_requests)
+                packed_part = pack_rungs([lengths[i] for i in part], rungs)
+                chosen = [(at, tuple(part[i] for i in members)) for at, members in packed_part]
+            break
+        chosen.append((rung, group))
+        max_tokens -= tokens
+        max_requests -= len(group)
+    widest = max((rung.mux for rung in rungs), default=1)
+    if fresh and any(rung.mux == widest for rung, _ in chosen):
+        late = [entry for entry in chosen if not set(fresh).issuperset(entry[1])]
+        return late + [e for e in chosen if e not in late and e[0].mux == widest]
+    return chosen
+
+
+def _fitting(
+    members: Sequence[int], lengths: Sequence[int], max_tokens: int, max_requests: int
+) -> list[int]:
+    """As many of ``members`` as fit, from the first on."""
+    fitting: list[int] = []
+    for i in members:
+        max_tokens -= lengths[i]
+        max_requests -= 1
+        if min(max_tokens, max_requests) < 0:
+            break
+        fitting.append(i)
+    return fitting
+
+
+def fallbacks(alone: Sequence[tuple[Hashable, bool]], because: str | None) -> Counter[str]:
+    """Why requests run alone, counted.
+
+    Args:
+        alone: isolation domain of each, and whether it asked for the exact answer.
+        because: what to call it where no other rung was used; None where one was. Then those of one
+            domain had no partner left (``no_partner``), those of several were kept apart
+            (``isolation``).
+    """
+    domains = [domain for domain, exact in alone if not exact]
+    apart = "isolation" if len(set(domains)) > 1 else "no_partner"
+    return +Counter({"exact": len(alone) - len(domains), because or apart: len(domains)})

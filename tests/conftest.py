@@ -23,6 +23,7 @@ from revmux_vllm import checkpoint
 from revmux_vllm.adapters import AdapterLadder
 from revmux_vllm.cli import app
 from revmux_vllm.config import RevMuxConfig
+from revmux_vllm.costs import Backlog
 from revmux_vllm.rungs import Rung, parse_rungs
 
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
@@ -197,8 +198,27 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "out"
 
 
+class ByCrowd:
+    """Policy of tests: rungs that save as much as there are requests; ``exit`` needs one more.
+
+    So batches of several sizes run at every one of ``rungs`` and at the backbone alone.
+    """
+
+    window = 1024
+    alone_because = "light_load"
+    defers = False
+
+    def __init__(self, rungs: tuple[Rung, ...]) -> None:
+        self._rungs = rungs
+
+    def rungs(self, backlog: Backlog) -> tuple[Rung, ...]:
+        most = max((rung.saving for rung in self._rungs if not rung.exit), default=0)
+        needed = {rung: most + 1 if rung.exit else rung.saving for rung in self._rungs}
+        return tuple(rung for rung in self._rungs if needed[rung] <= backlog.num_requests)
+
+
 class RecordingEngine:
-    """``vllm.LLM`` that keeps the plan of every step it ran."""
+    """``vllm.LLM`` that keeps the plan of every step it ran; by crowd, whatever the load."""
 
     def __init__(self, model: Path, **options: Any) -> None:
         from vllm import LLM
@@ -217,6 +237,8 @@ class RecordingEngine:
         core: Any = self.llm.llm_engine.engine_core
         self.scheduler = core.engine_core.scheduler
         schedule = self.scheduler.schedule
+        if revmux := getattr(self.scheduler, "revmux", None):
+            self.scheduler.mux_policy = ByCrowd(tuple(r for r in revmux.rungs if not r.exit))
 
         def recording(*args: Any, **kwargs: Any) -> Any:
             output = schedule(*args, **kwargs)

@@ -1,56 +1,114 @@
-"""Requests by rung on vLLM's ``/metrics``.
+"""What the scheduler counts, on vLLM's ``/metrics`` and in its log.
 
 The scheduler lives in the engine process and the metrics in the API server's. What travels between
 them is vLLM's ``SchedulerStats``, a fixed set of fields. ``waiting_lora_adapters`` is the one free
 mapping among them and means something only with ``--enable-lora``, which RevMUX refuses; so the
-counts ride there. The contract test fails when vLLM offers a better place.
+counts ride there, whole numbers all of them. The contract test fails when vLLM offers a better
+place.
 """
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from prometheus_client import Counter
+import prometheus_client as prometheus
+from vllm.logger import init_logger
 from vllm.v1.metrics.loggers import StatLoggerBase
 from vllm.v1.metrics.stats import IterationStats, SchedulerStats
 
-from revmux_vllm.rungs import Rung
+from revmux_vllm.engine.stages import STAGES
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-_KEY = "revmux:rung:"
+logger = init_logger("vllm.revmux")
+
+_KEY = "revmux"
+_BUCKETS = tuple(m * 10.0**e for e in range(-4, 2) for m in (1, 2.5, 5))
+Counts = Counter[tuple[str, str]]
+"""What happened how often, by kind and label; of kind ``us`` how many microseconds a stage took."""
 
 
-def put_rung_counts(stats: SchedulerStats, counts: Mapping[Rung, int]) -> None:
-    """Put requests by rung into ``stats``."""
-    stats.waiting_lora_adapters = {f"{_KEY}{rung}": n for rung, n in counts.items()}
-
-
-def take_rung_counts(stats: SchedulerStats) -> dict[str, int]:
-    """Requests by the name of their rung, as ``put_rung_counts`` put them."""
-    return {
-        key.removeprefix(_KEY): n
-        for key, n in stats.waiting_lora_adapters.items()
-        if key.startswith(_KEY)
+def put_counts(stats: SchedulerStats, counts: Mapping[tuple[str, str], int]) -> None:
+    """Put ``counts`` into ``stats``."""
+    stats.waiting_lora_adapters = {
+        f"{_KEY}|{kind}|{label}": n for (kind, label), n in counts.items()
     }
+
+
+def take_counts(stats: SchedulerStats) -> Counts:
+    """The counts as ``put_counts`` put them."""
+    counts: Counts = Counter()
+    for key, n in stats.waiting_lora_adapters.items():
+        if key.startswith(f"{_KEY}|"):
+            _, kind, label = key.split("|")
+            counts[kind, label] += n
+    return counts
+
+
+class _Metrics:
+    """Prometheus' own objects, made once in a process."""
+
+    def __init__(self) -> None:
+        by = ["model_name", "engine"]
+        self.counters = {
+            "requests": prometheus.Counter(
+                "revmux:requests",
+                "Requests by the rung they ran at: mux:N, merge:N, exit; alone is the backbone.",
+                [*by, "rung"],
+            ),
+            "composites": prometheus.Counter(
+                "revmux:composites",
+                "Sequences that the upper layers ran on, by rung: a composite is one.",
+                [*by, "rung"],
+            ),
+            "fallbacks": prometheus.Counter(
+                "revmux:fallbacks",
+                "Requests that ran alone, by reason: light_load, no_partner, isolation, exact, "
+                "policy.",
+                [*by, "reason"],
+            ),
+            "composite_slots": prometheus.Counter(
+                "revmux:composite_slots",
+                "Rows of composites times their streams; over composite_tokens, less one, it is "
+                "the padding waste.",
+                by,
+            ),
+            "composite_tokens": prometheus.Counter(
+                "revmux:composite_tokens", "Tokens of the members of composites.", by
+            ),
+        }
+        self.step_seconds = prometheus.Histogram(
+            "revmux:step_seconds",
+            "Time of a step by stage: plan, lower, multiplex, upper, demultiplex, and the whole "
+            "step.",
+            [*by, "stage"],
+            buckets=_BUCKETS,
+        )
+        self.linger_seconds = prometheus.Counter(
+            "revmux:linger_seconds", "Time the engine waited for partners (linger_ms).", by
+        )
+        self.backbone_seconds = prometheus.Counter(
+            "revmux:backbone_seconds",
+            "Estimated time that the same steps would have taken with every request alone; over "
+            "the sum of step_seconds it is the speed-up.",
+            by,
+        )
 
 
 class RevMuxStatLogger(StatLoggerBase):
     """Plugin of group ``vllm.stat_logger_plugins``; silent for other models."""
 
-    _requests: Counter | None = None
+    _metrics: _Metrics | None = None
 
     def __init__(self, vllm_config: "VllmConfig", engine_index: int = 0) -> None:
         self.labels = {
             "model_name": str(vllm_config.model_config.served_model_name),
             "engine": str(engine_index),
         }
-        if hasattr(vllm_config.model_config.hf_config, "revmux") and not RevMuxStatLogger._requests:
-            RevMuxStatLogger._requests = Counter(
-                "revmux:requests",
-                "Requests by the rung they ran at: mux:N, merge:N, exit; alone is the backbone.",
-                ["model_name", "engine", "rung"],
-            )
+        self.since_log: Counts = Counter()
+        if hasattr(vllm_config.model_config.hf_config, "revmux") and not RevMuxStatLogger._metrics:
+            RevMuxStatLogger._metrics = _Metrics()
 
     def record(
         self,
@@ -59,11 +117,49 @@ class RevMuxStatLogger(StatLoggerBase):
         *args: Any,
         **kwargs: Any,
     ) -> None:
-        """Count what the last steps ran."""
-        if self._requests is None or scheduler_stats is None:
+        """Count what the last step did."""
+        if self._metrics is None or scheduler_stats is None:
             return
-        for rung, n in take_rung_counts(scheduler_stats).items():
-            self._requests.labels(rung=rung, **self.labels).inc(n)
+        counts = take_counts(scheduler_stats)
+        self.since_log += counts
+        for (kind, label), n in counts.items():
+            if kind == "us":
+                self._record_time(label, n / 1e6)
+                continue
+            name = {"fallbacks": "reason", "composite_slots": "", "composite_tokens": ""}
+            by = {name.get(kind, "rung"): label} if label else {}
+            self._metrics.counters[kind].labels(**by, **self.labels).inc(n)
+
+    def _record_time(self, stage: str, seconds: float) -> None:
+        assert self._metrics is not None
+        if stage == "linger":
+            self._metrics.linger_seconds.labels(**self.labels).inc(seconds)
+        elif stage == "backbone":
+            self._metrics.backbone_seconds.labels(**self.labels).inc(seconds)
+        else:
+            self._metrics.step_seconds.labels(stage=stage, **self.labels).observe(seconds)
+
+    def log(self) -> None:
+        """One line beside vLLM's own, for the interval since the last; none where nothing ran."""
+        if line := summary(self.since_log):
+            logger.info("Engine %03d: RevMUX: %s", int(self.labels["engine"]), line)
+        self.since_log.clear()
 
     def log_engine_initialized(self) -> None:
         """Nothing to say."""
+
+
+def summary(counts: Counts) -> str:
+    """What happened, in words; empty where nothing did."""
+    requests = {rung: n for (kind, rung), n in sorted(counts.items()) if kind == "requests"}
+    if not (total := sum(requests.values())):
+        return ""
+    parts = [f"{total} requests", *(f"{rung} {n / total:.0%}" for rung, n in requests.items())]
+    if tokens := counts["composite_tokens", ""]:
+        parts.append(f"padding {counts['composite_slots', ''] / tokens - 1:.1%}")
+    if step := counts["us", "step"]:
+        stages = ("plan", *STAGES)
+        shares = ", ".join(f"{stage} {counts['us', stage] / step:.0%}" for stage in stages)
+        parts.append(f"{step / 1e6:.1f} s in steps ({shares})")
+        parts.append(f"about {counts['us', 'backbone'] / step:.2f}x of the backbone alone")
+    return ", ".join(parts)

@@ -19,7 +19,7 @@ from revmux_vllm.backbones import most_positions
 from revmux_vllm.config import RevMuxConfig
 from revmux_vllm.engine.bundled_names import native_dtype
 from revmux_vllm.engine.plugin import ONE_PROCESS, POOL_FIRST_TOKEN, WITHOUT_KV_CACHE
-from revmux_vllm.engine.policy import read_policy
+from revmux_vllm.engine.policy import read_options
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -39,7 +39,7 @@ class RevMuxModelConfig(VerifyAndUpdateConfig):
                 what is wrong with the checkpoint.
         """
         _refuse_impossible_options(vllm_config)
-        read_policy(
+        read_options(
             vllm_config.additional_config,
             RevMuxConfig.from_dict(vllm_config.model_config.hf_config.revmux),
         )

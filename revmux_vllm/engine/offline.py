@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from revmux_vllm.backbones.base import two_class_logits
-from revmux_vllm.engine.policy import Policy
+from revmux_vllm.engine.policy import Fixed
 from revmux_vllm.rungs import Rung
 from revmux_vllm.training.data import LabelledText
 from revmux_vllm.training.features import tokenize
@@ -61,7 +61,7 @@ class OfflineEngine:
         """Classes (B,) at ``rung``; each of ``parts`` waits together."""
         from vllm import PoolingParams, TokensPrompt
 
-        self.scheduler.policy = Policy(self.scheduler.revmux.kind(rung), by_crowd=False)
+        self.scheduler.mux_policy = Fixed(self.scheduler.revmux.kind(rung))
         params = PoolingParams(use_activation=False)  # logits, as the reference compares them
         answers = torch.empty(len(self.prompts), dtype=torch.long)
         for rows in parts:

@@ -14,9 +14,9 @@ from vllm.v1.worker.worker_base import WorkerBase
 from revmux_vllm import checkpoint
 from revmux_vllm.engine import plugin
 from revmux_vllm.engine.attention import composite_attention_backend
-from revmux_vllm.engine.metrics import put_rung_counts, take_rung_counts
+from revmux_vllm.engine.metrics import put_counts, take_counts
 from revmux_vllm.engine.scheduler import RevMuxSchedulerOutput
-from revmux_vllm.rungs import Rung
+from revmux_vllm.engine.worker import RevMuxWorker
 
 
 def parameters(function: object) -> list[str]:
@@ -36,6 +36,13 @@ def test_overridden_signatures() -> None:
         "common_attn_metadata",
         "fast_build",
     ]
+    assert parameters(Scheduler.add_request) == ["self", "request"]
+    assert parameters(Scheduler.update_from_output) == [
+        "self",
+        "scheduler_output",
+        "model_runner_output",
+    ]
+    assert parameters(RevMuxWorker.__base__.compile_or_warm_up_model) == ["self"]
     assert parameters(Scheduler.make_stats) == [
         "self",
         "spec_decoding_stats",
@@ -92,8 +99,9 @@ def test_statistics_still_offer_no_place_of_our_own() -> None:
     assert "waiting_lora_adapters" in names
     assert not {"extra", "plugin_stats", "custom_stats", "additional_stats"} & names
     stats = SchedulerStats()
-    put_rung_counts(stats, {Rung(): 3, Rung(mux=4): 8})
-    assert take_rung_counts(stats) == {"alone": 3, "mux:4": 8}
+    counts = {("requests", "mux:4"): 8, ("composite_slots", ""): 3}
+    put_counts(stats, counts)
+    assert take_counts(stats) == counts
 
 
 def test_registering_twice_is_harmless() -> None:

@@ -11,10 +11,6 @@ from conftest import make_tiny_checkpoint
 from vllm.config import PoolerConfig
 from vllm.engine.arg_utils import EngineArgs
 
-from revmux_vllm.config import RevMuxConfig
-from revmux_vllm.engine.policy import read_policy
-from revmux_vllm.rungs import parse_rungs
-
 
 def configure(model: Path, **options: Any) -> Any:
     return EngineArgs(model=str(model), dtype="float32", **options).create_engine_config()
@@ -84,34 +80,3 @@ def test_a_broken_checkpoint_is_refused_before_the_engine_starts(
     (folder / "config.json").write_text(json.dumps(values))
     with pytest.raises(ValueError, match=r"revmux\.rungs: mux:3: 3 does not divide"):
         configure(folder)
-
-
-def test_policy() -> None:
-    config = RevMuxConfig(parse_rungs(["mux:2", "mux:4", "merge:2", "exit"]), prefill_layers=1)
-
-    def allowed(options: dict[str, Any], crowd: int = 64) -> list[str]:
-        return list(map(str, read_policy({"revmux": options}, config).allowed(crowd)))
-
-    assert allowed({}) == ["mux:2", "mux:4", "merge:2"]
-    assert allowed({}, crowd=3) == ["mux:2", "merge:2"]
-    assert allowed({}, crowd=1) == []
-    assert allowed({"max_width": 2}) == ["mux:2", "merge:2"]
-    assert allowed({"max_width": 1}) == ["merge:2"]
-    assert allowed({"rungs": ["mux:4"]}) == ["mux:4"]
-    assert allowed({"rungs": []}) == []
-    # An exit has to be asked for, and comes after the last of the others.
-    assert allowed({"rungs": ["exit"]}, crowd=1) == ["exit"]
-    assert allowed({"rungs": ["mux:2", "exit"]}, crowd=2) == ["mux:2"]
-    assert allowed({"rungs": ["mux:2", "exit"]}, crowd=3) == ["exit", "mux:2"]
-    for options, message in (
-        ({"linger": 3}, "unknown key linger; known are max_width and rungs"),
-        ({"max_width": 3}, r"max_width: expected one of \[1, 2, 4\], found 3"),
-        (
-            {"rungs": ["mux:8"]},
-            "rungs: the checkpoint has no mux:8; it has exit, mux:2, mux:4, merge:2",
-        ),
-        ({"rungs": ["x"]}, "rungs: rung 'x': expected exit, mux:N"),
-        ({"rungs": "mux:2"}, "rungs: expected a list, found 'mux:2'"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            allowed(options)

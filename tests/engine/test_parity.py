@@ -11,14 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import RecordingEngine, make_tiny_checkpoint, random_prompts
+from conftest import ByCrowd, RecordingEngine, make_tiny_checkpoint, random_prompts
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 from word_tokenizers import word_tokenizer
 
 from revmux_vllm import checkpoint
 from revmux_vllm.backbones import load_backbone
-from revmux_vllm.engine.policy import Policy
 from revmux_vllm.reference import classify
 from revmux_vllm.rungs import Rung, parse_rungs
 
@@ -47,7 +46,7 @@ def check(
     """
     seen: set[str] = set()
     wanted = kind.split(",") if kind else []
-    engine.scheduler.policy = Policy(parse_rungs(wanted))
+    engine.scheduler.mux_policy = ByCrowd(parse_rungs(wanted))
     for seed, count in BATCHES:
         prompts = random_prompts(seed, count)
         probs, groups, rungs = engine.classify(prompts)
@@ -75,7 +74,7 @@ def test_float32(family: str, tmp_path: Path, make_engine: Callable[..., Recordi
     for kind in (MUX, BOTH, MIXED, EXIT):
         check(engine, reference, kind)
     # Alone: the same weights in vLLM's own classifier, the same batches.
-    engine.scheduler.policy = Policy(())
+    engine.scheduler.mux_policy = ByCrowd(())
     stock = make_engine(folder.parent / "backbone", enable_prefix_caching=False)
     for seed, count in BATCHES:
         prompts = random_prompts(seed, count)
@@ -146,7 +145,7 @@ def test_merged_answers_do_not_depend_on_company(
     engine = make_engine(
         make_tiny_checkpoint(tmp_path, family=family, rungs="merge:2,merge:3", **words)
     )
-    engine.scheduler.policy = Policy((Rung(2),))
+    engine.scheduler.mux_policy = ByCrowd((Rung(2),))
     prompts = random_prompts(8, 48)
     together, _, rungs = engine.classify(prompts)
     assert set(map(str, rungs)) == {"merge:2"}

@@ -10,12 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import RecordingEngine, make_tiny_checkpoint, random_prompts
+from conftest import ByCrowd, RecordingEngine, make_tiny_checkpoint, random_prompts
 from safetensors.torch import load_file, save_file
 from test_parity import ALL, BATCHES, BOTH, MUX, check, reference_of
 
 from revmux_vllm import checkpoint
-from revmux_vllm.engine.policy import Policy
 from revmux_vllm.rungs import parse_rungs
 
 # The reference itself, computed in bfloat16, differs from float32 by up to 0.05 on these batches;
@@ -101,13 +100,13 @@ def test_int8(tmp_path: Path, make_engine: Callable[..., RecordingEngine]) -> No
     checkpoint.save(folder, ladder, tmp_path / "backbone", "# int8\n", bundle_backbone=True)
     engine, reference = make_engine(folder), reference_of(folder)
     for kind in (MUX, BOTH):
-        engine.scheduler.policy = Policy(parse_rungs(kind.split(",")))
+        engine.scheduler.mux_policy = ByCrowd(parse_rungs(kind.split(",")))
         for seed, count in BATCHES:
             prompts = random_prompts(seed, count)
             probs, groups, rungs = engine.classify(prompts)
             difference = (probs - reference(prompts, groups, rungs)).abs().mean().item()
             assert difference <= INT8_MEAN_TOLERANCE, (kind, seed, count)
-    engine.scheduler.policy = Policy(())
+    engine.scheduler.mux_policy = ByCrowd(())
     stock = make_engine(tmp_path / "backbone", enable_prefix_caching=False)
     prompts = random_prompts(4, 64)
     assert torch.equal(engine.classify(prompts)[0], stock.classify(prompts)[0])

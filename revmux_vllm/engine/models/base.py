@@ -26,6 +26,7 @@ from revmux_vllm.backbones import label_tokens
 from revmux_vllm.config import RevMuxConfig
 from revmux_vllm.engine.attention import composite_attention_backend, enter_upper_layers
 from revmux_vllm.engine.layout import MuxLayout
+from revmux_vllm.engine.stages import DEMULTIPLEX, LOWER, MULTIPLEX, UPPER, clock
 from revmux_vllm.rungs import Rung
 
 
@@ -146,15 +147,26 @@ class RevMuxForSequenceClassification(nn.Module, SupportsQuant, ABC):
         token_type_ids: Tensor | None = None,
     ) -> Tensor:
         """Hidden states (num_tokens, D); of a composite's member only the pooled row is set."""
+        clock.start()
         layout = enter_upper_layers(self.upper_layer_names)
         self.set_token_type_ids(input_ids, token_type_ids, layout)
         hidden = self.run_lower(input_ids, positions, layout)
+        clock.mark(LOWER)
         if layout is None:
-            return self.run_upper(hidden, positions, None)
+            out = self.run_upper(hidden, positions, None)
+            clock.mark(UPPER)
+            clock.finish(len(hidden), len(out))
+            return out
         out = hidden[:0]
         if layout.num_rows:  # not where all exit
-            out = self.run_upper(self.multiplex(hidden, layout), layout.positions, layout)
-        return self.demultiplex(out, hidden, layout)
+            rows = self.multiplex(hidden, layout)
+            clock.mark(MULTIPLEX)
+            out = self.run_upper(rows, layout.positions, layout)
+            clock.mark(UPPER)
+        result = self.demultiplex(out, hidden, layout)
+        clock.mark(DEMULTIPLEX)
+        clock.finish(len(hidden), len(out))
+        return result
 
     def set_token_type_ids(
         self, input_ids: Tensor, token_type_ids: Tensor | None, layout: MuxLayout | None

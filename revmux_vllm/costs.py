@@ -1,0 +1,105 @@
+"""What a step costs and how much work arrives: measured while serving. Plain Python.
+
+The model of a step is ``overhead + layers x (a + b x rows)``: every layer costs the same, a fixed
+part and a part for every row. Lower layers see one row for a token and upper ones fewer, so every
+step is two measurements of the same line. Attention's quadratic part is left out.
+"""
+
+import math
+from dataclasses import dataclass
+
+FORGET = 0.98
+"""Weight that a measurement keeps when the next one comes: the last fifty or so count."""
+RIDGE = 0.02
+"""How firmly ``a`` is held at zero, so that steps of nearly equal size cannot tilt the line."""
+
+
+class LayerCosts:
+    """The line, fitted to the stages of the last steps, and the overhead beside it.
+
+    Args:
+        prefill_layers: lower layers l.
+        num_layers: all layers L.
+    """
+
+    def __init__(self, prefill_layers: int, num_layers: int) -> None:
+        self.lower, self.upper = prefill_layers, num_layers - prefill_layers
+        self.overhead_s = 0.0
+        self._n = self._x = self._y = self._xx = self._xy = 0.0
+        self._seen_overhead = False
+
+    @property
+    def known(self) -> bool:
+        """Whether anything was measured yet."""
+        return self._n > 0
+
+    def observe(self, num_layers: int, rows: int, seconds: float) -> None:
+        """So many layers took so long over so many rows."""
+        if rows < 1 or num_layers < 1:
+            return
+        y = seconds / num_layers
+        for name, value in (("n", 1.0), ("x", rows), ("y", y), ("xx", rows**2), ("xy", rows * y)):
+            setattr(self, f"_{name}", FORGET * getattr(self, f"_{name}") + value)
+
+    def observe_overhead(self, seconds: float) -> None:
+        """A step took so much longer than its layers."""
+        share = 0.1 if self._seen_overhead else 1.0
+        self.overhead_s += share * (max(0.0, seconds) - self.overhead_s)
+        self._seen_overhead = True
+
+    def per_layer(self) -> tuple[float, float]:
+        """``a`` and ``b``: seconds of a layer, and of a layer and row; neither negative."""
+        n = self._n * (1 + RIDGE)
+        a = (self._y * self._xx - self._x * self._xy) / (n * self._xx - self._x**2)
+        b = (n * self._xy - self._x * self._y) / (n * self._xx - self._x**2)
+        if a < 0:
+            return 0.0, self._xy / self._xx
+        if b < 0:
+            return self._y / self._n, 0.0
+        return a, b
+
+    def seconds(self, tokens: float, rows: float, num_steps: int = 1) -> float:
+        """Time for ``tokens`` that become ``rows`` above the cut, in so many steps."""
+        if not self.known:
+            return 0.0
+        a, b = self.per_layer()
+        fixed = self.overhead_s + a * (self.lower + self.upper)
+        return num_steps * fixed + b * (self.lower * tokens + self.upper * rows)
+
+
+class ArrivalRate:
+    """Tokens that arrive per second, over about the last ``horizon_s``."""
+
+    def __init__(self, horizon_s: float, now: float) -> None:
+        self.horizon_s = horizon_s
+        self.tokens_per_s = 0.0
+        self._since = now
+        self._tokens = 0
+
+    def add(self, tokens: int) -> None:
+        """So many arrived."""
+        self._tokens += tokens
+
+    def update(self, now: float) -> float:
+        """The rate at ``now``, seconds on the clock of the constructor's."""
+        elapsed = now - self._since
+        if elapsed > 0:
+            share = 1 - math.exp(-elapsed / self.horizon_s)
+            self.tokens_per_s += share * (self._tokens / elapsed - self.tokens_per_s)
+            self._since, self._tokens = now, 0
+        return self.tokens_per_s
+
+
+@dataclass(frozen=True)
+class Backlog:
+    """What waits, and what comes.
+
+    Attributes:
+        num_requests: that wait.
+        num_tokens: of them.
+        tokens_per_s: that arrive.
+    """
+
+    num_requests: int
+    num_tokens: float
+    tokens_per_s: float = 0.0

@@ -1,0 +1,318 @@
+"""vLLM's real scheduler with our plan, whatever happens in whatever order; the model is faked."""
+
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from conftest import make_tiny_checkpoint
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+from vllm import PoolingParams
+from vllm.config import VllmConfig
+from vllm.engine.arg_utils import EngineArgs
+from vllm.v1.core.sched.interface import PauseState
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request, RequestStatus
+from vllm.v1.structured_output import StructuredOutputManager
+
+from revmux_vllm.engine.metrics import summary, take_counts
+from revmux_vllm.engine.scheduler import RevMuxScheduler
+from revmux_vllm.engine.stages import LOWER, UPPER, StepTimes
+from revmux_vllm.rungs import Rung
+
+MAX_TOKENS, MAX_REQUESTS, LONGEST, BLOCK = 128, 12, 64, 16
+
+
+def vllm_config(folder: Path, priority: bool = False, **options: Any) -> VllmConfig:
+    return EngineArgs(
+        model=str(folder),
+        dtype="float32",
+        max_model_len=LONGEST,
+        max_num_batched_tokens=MAX_TOKENS,
+        max_num_seqs=MAX_REQUESTS,
+        scheduling_policy="priority" if priority else "fcfs",
+        additional_config={"revmux": options},
+    ).create_engine_config()
+
+
+def make_scheduler(config: VllmConfig, num_blocks: int = 100) -> RevMuxScheduler:
+    config.cache_config.num_gpu_blocks = num_blocks
+    spec = FullAttentionSpec(
+        block_size=BLOCK, num_kv_heads=1, head_size=8, head_size_v=8, dtype=torch.float32
+    )
+    return RevMuxScheduler(
+        vllm_config=config,
+        kv_cache_config=KVCacheConfig(
+            num_blocks=num_blocks,
+            kv_cache_tensors=[],
+            kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)],
+        ),
+        structured_output_manager=StructuredOutputManager(config),
+        block_size=BLOCK,
+        log_stats=True,
+    )
+
+
+def request(name: str, length: int, salt: str | None = None, priority: int = 0) -> Request:
+    return Request(
+        request_id=name,
+        prompt_token_ids=[7] * length,
+        sampling_params=None,
+        pooling_params=PoolingParams(task="classify"),
+        cache_salt=salt,
+        priority=priority,
+        arrival_time=time.time(),
+    )
+
+
+def run_model(output: Any, seconds_per_row: float = 1e-4) -> ModelRunnerOutput:
+    """What the worker would answer: to every request its own name, in numbers."""
+    names = list(output.num_scheduled_tokens)
+    answer = ModelRunnerOutput(
+        req_ids=names,
+        req_id_to_index={name: i for i, name in enumerate(names)},
+        pooler_output=[torch.tensor([float(name)]) for name in names],
+    )
+    tokens = output.total_num_scheduled_tokens
+    if tokens:
+        rows = sum(output.num_scheduled_tokens[group[0]] for group in output.mux_plan.groups)
+        seconds = {LOWER: tokens * seconds_per_row, UPPER: 3 * rows * seconds_per_row}
+        answer.revmux_times = [StepTimes(tokens, rows, seconds)]  # type: ignore[attr-defined]
+    return answer
+
+
+def step(scheduler: RevMuxScheduler) -> tuple[Any, dict[str, float]]:
+    """One step: its plan, and the answers."""
+    output: Any = scheduler.schedule()
+    outputs = scheduler.update_from_output(output, run_model(output))
+    answers = {
+        answer.request_id: answer.pooling_output.item()
+        for batch in outputs.values()
+        for answer in batch.outputs
+    }
+    return output.mux_plan, answers
+
+
+def drain(scheduler: RevMuxScheduler) -> list[Any]:
+    plans = []
+    while scheduler.has_unfinished_requests():
+        plans.append(step(scheduler)[0])
+        assert plans[-1].groups, "idle while requests wait"
+    return plans
+
+
+class Traffic(RuleBasedStateMachine):
+    """Requests arrive, are aborted, preempted and answered; the engine steps, sleeps and wakes."""
+
+    folder: Path
+    configs: ClassVar[dict[Any, VllmConfig]] = {}
+
+    @initialize(
+        options=st.sampled_from(
+            [
+                {"policy": "fixed:4"},
+                {"policy": "fixed:merge:2"},
+                {"target_ms": 0.5},
+                {"target_ms": 5, "isolate": True},
+                {"policy": "off"},
+            ]
+        ),
+        num_blocks=st.sampled_from([6, 10, 100]),
+        priority=st.booleans(),
+    )
+    def start(self, options: dict[str, Any], num_blocks: int, priority: bool) -> None:
+        self.isolate = options.get("isolate", False)
+        key = priority, *options.items()
+        if key not in self.configs:  # making one takes longer than an example
+            self.configs[key] = vllm_config(self.folder, priority, **options)
+        self.scheduler = make_scheduler(self.configs[key], num_blocks)
+        self.flying: Any = None
+        self.known: dict[str, Request] = {}
+        self.aborted: set[str] = set()
+        self.answered: Counter[str] = Counter()
+        self.by_rung: Counter[str] = Counter()
+
+    @rule(
+        lengths=st.lists(st.integers(1, LONGEST), min_size=1, max_size=12),
+        salt=st.sampled_from([None, None, "a", "b", "exact", "exact:a"]),
+        priority=st.integers(0, 2),
+    )
+    def arrive(self, lengths: list[int], salt: str | None, priority: int) -> None:
+        for length in lengths:
+            name = str(len(self.known))
+            self.known[name] = request(name, length, salt, priority)
+            self.scheduler.add_request(self.known[name])
+
+    @precondition(lambda self: self.flying is None)
+    @rule()
+    def schedule(self) -> None:
+        self.flying = output = self.scheduler.schedule()
+        scheduled = output.num_scheduled_tokens
+        assert scheduled or not self.scheduler.has_unfinished_requests(), "idle, requests wait"
+        assert sum(scheduled.values()) <= MAX_TOKENS
+        assert len(scheduled) <= MAX_REQUESTS
+        members = [name for group in output.mux_plan.groups for name in group]
+        assert sorted(members) == sorted(scheduled), "every member once, nobody else"
+        for rung, group in zip(output.mux_plan.rungs, output.mux_plan.groups, strict=True):
+            requests = [self.known[name] for name in group]
+            assert all(scheduled[r.request_id] == r.num_tokens for r in requests), "whole"
+            assert requests[0].num_tokens == max(r.num_tokens for r in requests)
+            salts = {r.cache_salt for r in requests}
+            assert len(salts) == 1, "isolation"
+            if salts & {"exact", "exact:a"}:
+                assert rung == Rung()
+            if self.isolate and salts == {None}:
+                assert rung.mux == 1
+
+    @precondition(lambda self: self.flying is not None)
+    @rule()
+    def update(self) -> None:
+        outputs = self.scheduler.update_from_output(self.flying, run_model(self.flying))
+        for batch in outputs.values():
+            for answer in batch.outputs:
+                assert answer.pooling_output.item() == float(answer.request_id), "its own answer"
+                self.answered[answer.request_id] += 1
+            if batch.scheduler_stats:
+                for (kind, rung), n in take_counts(batch.scheduler_stats).items():
+                    self.by_rung[rung] += n if kind == "requests" else 0
+        self.flying = None
+
+    @precondition(lambda self: self.known)
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        name = data.draw(st.sampled_from(sorted(self.known)))
+        if self.scheduler.finish_requests(name, RequestStatus.FINISHED_ABORTED):
+            self.aborted.add(name)
+
+    @rule()
+    def sleep_and_wake(self) -> None:
+        self.scheduler.set_pause_state(PauseState.PAUSED_ALL)
+        if self.flying is None:
+            assert not self.scheduler.schedule().num_scheduled_tokens
+        self.scheduler.set_pause_state(PauseState.UNPAUSED)
+
+    @precondition(lambda self: self.flying is not None)
+    @rule()
+    def preempt(self) -> None:
+        """As for lack of pages: what runs returns to the queue, and its output is void."""
+        self.scheduler.reset_prefix_cache(reset_running_requests=True)
+
+    @invariant()
+    def answers_are_nobody_elses(self) -> None:
+        if hasattr(self, "answered"):
+            assert all(n == 1 for n in self.answered.values())
+            assert not self.aborted & set(self.answered)
+
+    def teardown(self) -> None:
+        if not hasattr(self, "scheduler"):
+            return
+        while self.flying is not None or self.scheduler.has_unfinished_requests():
+            if self.flying is None:
+                self.schedule()
+            self.update()
+        assert set(self.answered) == set(self.known) - self.aborted, "none is lost"
+        assert not self.scheduler.requests
+        assert not self.scheduler.waiting
+        assert self.scheduler.kv_cache_manager.usage == 0
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("scheduler")
+    return make_tiny_checkpoint(root, rungs="mux:2,mux:4,merge:2")
+
+
+def test_none_is_lost_or_mixed_up_whatever_happens(folder: Path) -> None:
+    machine = type("Traffic", (Traffic,), {"folder": folder})
+    run_state_machine_as_test(
+        machine, settings=settings(max_examples=80, stateful_step_count=40, deadline=None)
+    )
+
+
+def test_width_follows_the_load(folder: Path) -> None:
+    scheduler = make_scheduler(vllm_config(folder, rungs=["mux:2", "mux:4"], target_ms=100))
+    scheduler.add_request(request("0", 8))
+    assert [str(rung) for rung in step(scheduler)[0].rungs] == ["alone"], "the first is measured"
+    scheduler.add_request(request("1", 8))
+    scheduler.add_request(request("2", 8))
+    assert [str(rung) for rung in step(scheduler)[0].rungs] == ["alone", "alone"]
+    for i in range(3, 303):  # 1 s of work alone
+        scheduler.add_request(request(str(i), 8))
+    plans = drain(scheduler)
+    assert [str(rung) for rung in plans[0].rungs] == ["mux:4"] * 3
+    assert sum(plan.counts()[Rung(mux=4)] for plan in plans) > 250
+
+
+def test_priority_comes_first(folder: Path) -> None:
+    scheduler = make_scheduler(vllm_config(folder, priority=True, policy="fixed:4"))
+    for i in range(40):
+        scheduler.add_request(request(str(i), 60, priority=i % 4))
+    order = [int(group[0]) % 4 for plan in drain(scheduler) for group in plan.groups]
+    assert order == sorted(order)
+
+
+def test_it_lingers_for_partners_only_when_asked_to(folder: Path) -> None:
+    scheduler = make_scheduler(vllm_config(folder, policy="fixed:4", linger_ms=60))
+    began = time.monotonic()
+    scheduler.add_request(request("0", 8))
+    plan, _ = step(scheduler)
+    assert not plan.groups
+    for i in range(1, 4):
+        scheduler.add_request(request(str(i), 8))
+    assert [len(group) for group in step(scheduler)[0].groups] == [4], "full, so it runs"
+    scheduler.add_request(request("4", 8, salt="exact"))
+    assert step(scheduler)[0].groups == (("4",),), "who wants no partner waits for none"
+    began = time.monotonic()
+    scheduler.add_request(request("5", 8))
+    while not step(scheduler)[0].groups:
+        assert time.monotonic() - began < 5
+    assert time.monotonic() - began > 0.05
+
+
+def test_what_is_counted(folder: Path) -> None:
+    scheduler = make_scheduler(vllm_config(folder, policy="fixed:4"))
+    for i, (length, salt) in enumerate(
+        [(9, None)] * 3 + [(7, None), (5, "exact"), (5, "a"), (5, "b")]
+    ):
+        scheduler.add_request(request(str(i), length, salt))
+    output: Any = scheduler.schedule()
+    batches = scheduler.update_from_output(output, run_model(output))
+    counts = take_counts(next(iter(batches.values())).scheduler_stats)
+    times = {label: n for (kind, label), n in counts.items() if kind == "us"}
+    assert set(times) == {"plan", "lower", "upper", "step", "backbone"}
+    assert times["plan"] <= times["step"]
+    assert times["lower"] == round(1e6 * 1e-4 * 49)
+    assert {key: n for key, n in counts.items() if key[0] != "us"} == {
+        ("requests", "mux:4"): 4,
+        ("requests", "alone"): 3,
+        ("composites", "mux:4"): 1,
+        ("composites", "alone"): 3,
+        ("composite_slots", ""): 36,
+        ("composite_tokens", ""): 34,
+        ("fallbacks", "exact"): 1,
+        ("fallbacks", "isolation"): 2,
+    }
+    line = summary(counts)
+    assert line.startswith("7 requests, alone 43%, mux:4 57%, padding 5.9%, ")
+    assert summary(Counter()) == ""
+
+
+def test_memory_for_few_requests_only_slows(folder: Path) -> None:
+    scheduler = make_scheduler(vllm_config(folder, policy="fixed:4"), num_blocks=6)
+    for i in range(20):
+        scheduler.add_request(request(str(i), 40))
+    plans = drain(scheduler)
+    assert all(len(group) == 1 for plan in plans for group in plan.groups), "a composite's members"
+    assert sum(len(plan.groups) for plan in plans) == 20
