@@ -8,12 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
-from prometheus_client.parser import text_string_to_metric_families
 
-from revmux_vllm import layer_limit
-from revmux_vllm.rungs import Rung
-
-SETTLE_S = 5.0
+from revmux_vllm.bench.metrics import SETTLE_S, parse_rung_counts
 
 
 @dataclass(frozen=True)
@@ -84,28 +80,3 @@ class Target:
             if counts.total() >= num_requests or time.monotonic() > deadline:
                 return counts
             await asyncio.sleep(0.2)
-
-
-def parse_rung_counts(metrics: str) -> Counter[str]:
-    """``revmux:requests_total`` by rung, out of the text of ``/metrics``."""
-    counts: Counter[str] = Counter()
-    for family in text_string_to_metric_families(metrics):
-        for sample in family.samples:
-            if sample.name == "revmux:requests_total":
-                counts[sample.labels["rung"]] += int(sample.value)
-    return counts
-
-
-def mixed_layer_limit(counts: Mapping[str, int], prefill_layers: int, num_layers: int) -> float:
-    """``layer_limit`` of requests that ran at several rungs: their layer costs add up.
-
-    Raises:
-        ValueError: if nothing ran.
-    """
-    total = sum(counts.values())
-    if not total:
-        raise ValueError("no request was counted at any rung; is the revmux plugin active?")
-    cost = 0.0
-    for name, n in counts.items():
-        cost += n / layer_limit(Rung.parse(name).saving, prefill_layers, num_layers)
-    return total / cost

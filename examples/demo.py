@@ -7,48 +7,30 @@ see the same machine.
 
 import asyncio
 import json
-import shlex
-import signal
 import statistics
-import tempfile
 from collections import Counter
-from contextlib import AsyncExitStack, ExitStack
+from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import aiohttp
 import typer
-from bursts import Answer, Target, mixed_layer_limit
+from bursts import Answer, Target
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    SpinnerColumn,
-    TimeElapsedColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn
 from rich.table import Table
 
 from revmux_vllm import checkpoint
+from revmux_vllm.bench.metrics import mixed_layer_limit
+from revmux_vllm.bench.servers import PLAIN, check_alive, progress_bar, server_pair, wait_for
 from revmux_vllm.bundled import resolve
-from revmux_vllm.engine.bundled_names import native_dtype
-from revmux_vllm.local_server import LocalServer, ServerError
+from revmux_vllm.local_server import ServerError
+from revmux_vllm.terminal import unwound_on_sigterm
 
-MODEL, PLAIN = "revmux-llama", "plain"
+MODEL = "revmux-llama"
 # vLLM's workers spin for a second after their last step (shm_broadcast.py, SpinCondition).
 PAUSE_S = 1.5
-# Two servers share one GPU: vLLM checks at start-up that so much of it is free, and does no more
-# with this once the cache has a size.
-SHARE = "--gpu-memory-utilization=0.1"
-# By itself vLLM's cache takes a share of all memory, and repeated texts are answered from it.
-PLAIN_ARGS = (
-    SHARE,
-    f"--served-model-name={PLAIN}",
-    f"--kv-cache-memory-bytes={1 << 30}",
-    "--no-enable-prefix-caching",
-)
 SENTENCES = Path(__file__).with_name("sentences.txt")
 
 progress_console = Console(stderr=True)
@@ -81,28 +63,6 @@ class Result:
         return sum(a.label == b.label for a, b in pairs) / len(self.answers)
 
 
-def progress_bar(*columns: ProgressColumn) -> Progress:
-    """What is being done, ``columns``, and for how long; on stderr."""
-    return Progress(
-        SpinnerColumn(),
-        "{task.description}",
-        *columns,
-        TimeElapsedColumn(),
-        console=progress_console,
-    )
-
-
-def wait_for(servers: list[LocalServer]) -> None:
-    """Return once all servers answer. Raises ServerError as soon as one of them has died."""
-    for server in servers:
-        progress_console.print(shlex.join(server.command), style="dim", soft_wrap=True)
-    with progress_bar() as progress:
-        task = progress.add_task("Starting two vLLM servers; compiling takes a minute or two")
-        for i, server in enumerate(servers):
-            server.wait_ready(on_tick=lambda: [other.check_alive() for other in servers])
-            progress.update(task, description=f"{i + 1} of {len(servers)} servers ready")
-
-
 async def measure(
     urls: tuple[str, str], texts: list[str], rounds: int, concurrency: int, layers: tuple[int, int]
 ) -> Result:
@@ -114,7 +74,9 @@ async def measure(
             await stack.enter_async_context(Target(url, name, concurrency))
             for url, name in zip(urls, (MODEL, PLAIN), strict=True)
         ]
-        progress = stack.enter_context(progress_bar(BarColumn(), MofNCompleteColumn()))
+        progress = stack.enter_context(
+            progress_bar(progress_console, BarColumn(), MofNCompleteColumn())
+        )
         task = progress.add_task(f"Bursts of {len(texts)} requests", total=2 * (rounds + 1))
         for target in targets:
             await target.burst(texts)
@@ -193,28 +155,15 @@ def to_json(texts: list[str], result: Result) -> dict[str, Any]:
 
 def run(texts: list[str], rounds: int, concurrency: int) -> Result:
     """Start both servers, measure, and stop them whatever happens."""
-    folder = resolve(MODEL)
-    config, values = checkpoint.read_config(folder)
-    with ExitStack() as stack:
-        target = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="revmux-plain-")))
-        servers = [
-            stack.enter_context(server)
-            for server in (
-                LocalServer(MODEL, [SHARE]),
-                LocalServer(
-                    checkpoint.plain_backbone(folder, target),
-                    [*PLAIN_ARGS, f"--dtype={native_dtype()}"],
-                ),
-            )
-        ]
-        wait_for(servers)
-        layers = (config.prefill_layers, values["num_hidden_layers"])
+    config, values = checkpoint.read_config(resolve(MODEL))
+    layers = (config.prefill_layers, values["num_hidden_layers"])
+    with server_pair(MODEL) as servers:
+        wait_for(servers, progress_console)
         urls = (servers[0].base_url, servers[1].base_url)
         try:
             return asyncio.run(measure(urls, texts, rounds, concurrency, layers))
         except (aiohttp.ClientError, TimeoutError) as error:
-            for server in servers:
-                server.check_alive()
+            check_alive(servers)
             raise ServerError(f"a request was not answered: {error!r}") from error
 
 
@@ -225,13 +174,10 @@ def main(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object, no tables.")] = False,
 ) -> None:
     """Classify bundled sentences with revmux-llama and with its backbone alone, and compare."""
-    # By default SIGTERM ends Python without unwinding, and the servers would live on; shells start
-    # background jobs with SIGINT ignored.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     texts = SENTENCES.read_text(encoding="utf-8").splitlines()
     try:
-        result = run(texts, rounds, concurrency)
+        with unwound_on_sigterm():
+            result = run(texts, rounds, concurrency)
     except (ServerError, ValueError) as error:
         progress_console.print(str(error), style="red", markup=False, highlight=False)
         raise typer.Exit(1) from error

@@ -1,23 +1,21 @@
 """The ``revmux`` command. Heavy imports wait until a command runs, so ``--help`` is quick."""
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import redirect_stdout
 from pathlib import Path
 from sys import stderr
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from revmux_vllm import __version__
+from revmux_vllm.bench.cli import app as bench
 from revmux_vllm.rungs import Rung, parse_rungs
+from revmux_vllm.terminal import check_plot, make_console, mendable_errors
 from revmux_vllm.training.recipes import RECIPES
 
 DEFAULT_RUNGS = "mux:2,mux:4,mux:8"
-PLOTS = (".png", ".svg", ".pdf")
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -25,8 +23,10 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     help="Adapters that let vLLM classify several requests in one pass.\n\n"
     "`revmux train` makes a checkpoint folder from a frozen classifier, `revmux eval` measures it, "
-    "`revmux inspect` tells what it is, `vllm serve FOLDER` serves it.",
+    "`revmux inspect` tells what it is, `vllm serve FOLDER` serves it, `revmux bench` says "
+    "how much faster.",
 )
+app.add_typer(bench, name="bench")
 
 
 def _print_version(wanted: bool) -> None:
@@ -45,7 +45,6 @@ def main(
 
 
 ROWS = "File (.tsv, .csv, .jsonl, .parquet) or hub data set (NAME:SPLIT, NAME:CONFIG:SPLIT)"
-RESUME = "An unfinished training keeps its last checkpoint: --resume continues it"
 
 
 def _by_recipe(field: str) -> str:
@@ -167,7 +166,7 @@ def train(
     then `vllm serve my-revmux`. On several GPUs:
     `accelerate launch -m revmux_vllm.cli train ...`. `docs/training.md` has more.
     """  # fmt: skip
-    with _errors(output):
+    with mendable_errors(output):
         _quiet()
         from revmux_vllm.training import run
 
@@ -203,7 +202,7 @@ def train(
         )
     if report is None:
         return
-    console = _console()
+    console = make_console()
     if report:
         console.print(report_table(report))
     console.print(f"written to {output}; serve it with: vllm serve {output}", soft_wrap=True)
@@ -229,10 +228,9 @@ def eval_command(
 
     Early exit, the rival that costs less to build, stands in the table and in the plot.
     """
-    with _errors(), redirect_stdout(stderr):
+    with mendable_errors(), redirect_stdout(stderr):
         _quiet()
-        if plot is not None and plot.suffix not in PLOTS:
-            raise ValueError(f"--plot {plot}: expected a file ending in {', '.join(PLOTS)}")
+        check_plot(plot)
         from revmux_vllm.training.measure import measure
 
         report = measure(
@@ -247,21 +245,21 @@ def eval_command(
     if as_json:
         print(json.dumps(report))
     else:
-        console = _console()
+        console = make_console()
         console.print(report_table(report))
         console.print(class_table(report))
     if plot is not None:
         from revmux_vllm.training.plot import plot_report
 
-        with _errors():
+        with mendable_errors():
             plot_report(report, plot, folder.name)
-        _console(stderr=True).print(f"plot written to {plot}", soft_wrap=True)
+        make_console(stderr=True).print(f"plot written to {plot}", soft_wrap=True)
 
 
 @app.command()
 def inspect(folder: Folder, as_json: AsJson = False) -> None:
     """What a checkpoint is: backbone, rungs, parameters added, layer limits, accuracies."""
-    with _errors():
+    with mendable_errors():
         from revmux_vllm.inspection import describe
 
         facts = describe(folder)
@@ -272,7 +270,7 @@ def inspect(folder: Folder, as_json: AsJson = False) -> None:
     for key, value in facts.items():
         if not isinstance(value, dict | list) or key == "label_words":
             table.add_row(key.replace("_", " "), _plain(value))
-    console = _console()
+    console = make_console()
     console.print(table)
     rungs = Table()
     for column in ("rung", "limit", "added", "of backbone", "speed-up", "accuracy"):
@@ -355,46 +353,6 @@ def _rungs(rungs: str | None, widths: str | None) -> tuple[Rung, ...]:
         return parse_rungs(names)
     except ValueError as error:
         raise ValueError(f"--widths {widths}: {error}" if widths else f"--rungs: {error}") from None
-
-
-def _console(stderr: bool = False) -> Console:
-    """Prints names of classes and folders as they are: no markup, no ``:train:`` as a picture."""
-    return Console(stderr=stderr, markup=False, emoji=False)
-
-
-@contextmanager
-def _errors(output: Path | None = None) -> Iterator[None]:
-    """What the user can mend ends the command with one message and status 2.
-
-    ``output``: of a training, whose last checkpoint can be continued if there is one.
-    """
-
-    def stopped(message: str) -> NoReturn:
-        if output is not None:
-            from revmux_vllm.checkpoint import WORK_FOLDER
-            from revmux_vllm.training.trainer import unfinished
-
-            if unfinished(output / WORK_FOLDER):
-                message = f"{message}. {RESUME}"
-        _fail(message)
-
-    try:
-        yield
-    except ImportError as error:
-        _fail(f"{error}; in a clone of this repository `pip install -e '.[train]'` cures it")
-    except ValueError as error:
-        _fail(str(error))
-    except OSError as error:
-        stopped(str(error))
-    except KeyboardInterrupt:
-        print(file=stderr)  # below the progress bar
-        stopped("interrupted")
-
-
-def _fail(message: str) -> NoReturn:
-    text = Text.assemble(("error: ", "bold red"), message)
-    _console(stderr=True).print(text, highlight=False, soft_wrap=True)
-    raise typer.Exit(2)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,14 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Options of ``tests/engine/test_soak.py``."""
+    parser.addoption(
+        "--soak-minutes", type=float, default=2.0, help="how long the soak test loads the server"
+    )
+    parser.addoption("--soak-report", type=Path, help="JSON file for what the soak test saw")
+
+
 def random_prompts(seed: int, count: int, longest: int = 300) -> list[list[int]]:
     """Token ids of unequal lengths from 1 to ``longest``, some of them repeated."""
     rng = random.Random(seed)

@@ -8,10 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from bursts import Answer, mixed_layer_limit, parse_rung_counts
+from bursts import Answer
 from demo import Result
 
 from revmux_vllm import layer_limit
+from revmux_vllm.bench.metrics import mixed_layer_limit, parse_rung_counts
 from revmux_vllm.local_server import LocalServer
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"

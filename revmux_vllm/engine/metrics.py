@@ -109,6 +109,10 @@ class RevMuxStatLogger(StatLoggerBase):
         self.since_log: Counts = Counter()
         if hasattr(vllm_config.model_config.hf_config, "revmux") and not RevMuxStatLogger._metrics:
             RevMuxStatLogger._metrics = _Metrics()
+        if metrics := self._metrics:
+            plain = (metrics.counters["composite_slots"], metrics.counters["composite_tokens"])
+            for metric in (*plain, metrics.linger_seconds, metrics.backbone_seconds):
+                metric.labels(**self.labels)  # so that they are there, at zero, from the start
 
     def record(
         self,

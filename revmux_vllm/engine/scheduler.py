@@ -56,7 +56,6 @@ class RevMuxScheduler(Scheduler):
         self.mux_policy = make_policy(self.revmux, self.options, self.costs, *budgets)
         self.counts: Counter[tuple[str, str]] = Counter()
         self._step_began = 0.0
-
         self._choice_at = time.time()
         self._lingering_since: float | None = None
 
@@ -92,9 +91,9 @@ class RevMuxScheduler(Scheduler):
         if self._lingers(window, rungs):
             self._lingering_since = self._lingering_since or now
             return []
-        if self._lingering_since is not None:
+        if self._lingering_since is not None and window:
             self.counts["us", "linger"] += _us(now - self._lingering_since)
-            self._lingering_since = None
+        self._lingering_since = None
         composites = first_of(
             self._pack(window, rungs),
             [request.num_tokens for request in window],

@@ -40,7 +40,8 @@ def test_messages(tmp_path: Path) -> None:
     untold = classify(backbone, ladder, [prompt[:-1]], [(0,)], [exit_rung]).softmax(-1)[0]
     assert (expected - untold).abs().max() > 1e-2, "the template no longer matters"
 
-    options = ("--additional-config", '{"revmux": {"rungs": ["exit"]}}')
+    always = '{"revmux": {"rungs": ["exit"], "policy": "fixed:exit"}}'
+    options = ("--additional-config", always)
     extra = ("--served-model-name", "words", "--enforce-eager", "--dtype", "float32", *options)
     with LocalServer(str(folder), extra_args=extra) as server:
         server.wait_ready(300)

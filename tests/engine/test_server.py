@@ -1,14 +1,10 @@
-"""The real server: every answer goes to the request that asked, whatever else happens.
-
-The checkpoint is built so that answers are known without knowing the plan. Its upper layers pass
-their input on (zero output projections), its adapters have no biases and read the stream alone, so
-the demultiplexed vector is the member's own up to a positive factor: company cannot change its
-label, but a mix-up of streams, rows or owners does. Of 256 labels hardly two requests share one.
-"""
+"""The real server: every answer goes to the request that asked, whatever else happens."""
 
 import asyncio
 import json
-import random
+import os
+import re
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,78 +15,10 @@ import httpx
 import pytest
 import torch
 from bursts import parse_rung_counts
-from transformers import LlamaConfig, LlamaForSequenceClassification
-from word_tokenizers import VOCAB_SIZE, word_tokenizer
+from known_answers import Known, make_transparent_checkpoint
+from word_tokenizers import VOCAB_SIZE
 
-from revmux_vllm import checkpoint
-from revmux_vllm.adapters import AdapterLadder
-from revmux_vllm.backbones import load_backbone
-from revmux_vllm.config import RevMuxConfig
 from revmux_vllm.local_server import LocalServer
-from revmux_vllm.reference import classify
-from revmux_vllm.rungs import parse_rungs
-
-NUM_LABELS = 256
-HIDDEN_SIZE = 64
-
-
-def make_transparent_checkpoint(root: Path) -> Path:
-    """See the module's docstring."""
-    torch.manual_seed(1)
-    llama = LlamaConfig(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=HIDDEN_SIZE,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=32,
-        max_position_embeddings=512,
-        initializer_range=0.3,
-        pad_token_id=0,
-        num_labels=NUM_LABELS,
-    )
-    model = LlamaForSequenceClassification(llama)
-    config = RevMuxConfig(parse_rungs(["mux:2", "mux:4"]), prefill_layers=1)
-    ladder = AdapterLadder(config, HIDDEN_SIZE)
-    with torch.no_grad():
-        for layer in model.model.layers[1:]:
-            layer.self_attn.o_proj.weight.zero_()
-            layer.mlp.down_proj.weight.zero_()
-        for rung, adapter in ladder.items():
-            for name, parameter in adapter.named_parameters():
-                if name.endswith("bias"):
-                    parameter.zero_()
-                elif "coupling" in name:
-                    parameter.normal_(std=0.5 / parameter.shape[-1] ** 0.5)
-            mux: Any = adapter.mux
-            mux.up[0].weight[:, HIDDEN_SIZE // rung.mux :] = 0
-            mux.down.copy_(mux.down[:1].expand_as(mux.down))
-    model.save_pretrained(root / "backbone")
-    word_tokenizer().save_pretrained(root / "backbone")
-    folder = root / "transparent"
-    checkpoint.save(folder, ladder, root / "backbone", "# test\n", bundle_backbone=True)
-    return folder
-
-
-class Known:
-    """Texts and the label that each must get, by the rung it may have run at."""
-
-    def __init__(self, folder: Path, count: int) -> None:
-        rng = random.Random(0)
-        self.prompts = [
-            [rng.randrange(1, VOCAB_SIZE) for _ in range(rng.randint(1, 40))] for _ in range(count)
-        ]
-        self.texts = [" ".join(f"w{token}" for token in prompt) for prompt in self.prompts]
-        backbone = load_backbone(folder, 1)
-        ladder = checkpoint.load_adapters(folder)
-        by_length = sorted(range(count), key=lambda i: -len(self.prompts[i]))
-        self.labels: list[set[str]] = [set() for _ in range(count)]
-        for width in (1, 2, 4):
-            groups = [tuple(by_length[i : i + width]) for i in range(0, count, width)]
-            answers = classify(backbone, ladder, self.prompts, groups).argmax(-1).tolist()
-            for allowed, answer in zip(self.labels, answers, strict=True):
-                allowed.add(f"LABEL_{answer}")
 
 
 @pytest.fixture(scope="module")
@@ -100,8 +28,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(folder: Path) -> Iterator[LocalServer]:
-    extra = ("--served-model-name", "known", "--enforce-eager", "--dtype", "float32")
-    with LocalServer(str(folder), extra_args=extra) as running:
+    options = ("--additional-config", '{"revmux": {"policy": "fixed:4"}}')
+    extra = ("--served-model-name", "known", "--enforce-eager", "--dtype", "float32", *options)
+    env = os.environ | {"VLLM_LOG_STATS_INTERVAL": "1", "VLLM_LOGGING_LEVEL": "INFO"}
+    with LocalServer(str(folder), extra_args=extra, env=env) as running:
         running.wait_ready(300)
         yield running
 
@@ -212,3 +142,60 @@ def test_several_texts_in_one_request_keep_their_order(server: LocalServer, fold
     data = response.json()["data"]
     assert [item["index"] for item in data] == list(range(40))
     assert wrong(known, [item["label"] for item in data], list(range(40))) == []
+
+
+def test_exact_answers_are_the_backbones_own_in_any_company(
+    server: LocalServer, folder: Path
+) -> None:
+    known = Known(folder, 400)
+    exact: dict[int, Any] = {}
+
+    async def ask_exactly(session: aiohttp.ClientSession) -> None:
+        async def one(index: int, salt: str) -> None:
+            request = {**body(known.texts[index]), "cache_salt": salt}
+            async with session.post("/classify", json=request) as response:
+                exact[index] = (await response.json())["data"][0]["probs"]
+
+        salts = ("exact", "exact:tenant")
+        await asyncio.gather(*(one(index, salts[index % 2]) for index in range(60)))
+
+    before = requests_by_rung(server)
+    answers = asyncio.run(ask_all(server, known.texts, ask_exactly))
+    assert wrong(known, answers, list(range(400))) == []
+    assert (requests_by_rung(server) - before)["mux:4"] > 100
+    found = torch.tensor([exact[index] for index in range(60)])
+    assert (found - known.probabilities[1][:60]).abs().max() < 1e-5
+    packed = (known.probabilities[4][:60] - known.probabilities[1][:60]).abs().amax(-1)
+    assert packed.median() > 1e-3, "the probabilities no longer tell who ran alone"
+
+
+def test_metrics_are_there_by_the_names_that_are_written_down(server: LocalServer) -> None:
+    httpx.post(f"{server.base_url}/classify", json=body(["w1", "w2", "w3 w4", "w5", "w6"]))
+    metrics = httpx.get(f"{server.base_url}/metrics").text
+    root = Path(__file__).parents[2]
+    for page in ("docs/operations.md", "examples/grafana.json"):
+        names = set(re.findall(r"\b(?:revmux|vllm):\w+", (root / page).read_text()))
+        assert len(names) > 5, page
+        for name in names:
+            assert re.search(rf"^{name}(_bucket)?{{", metrics, re.MULTILINE), (page, name)
+    stages = set(re.findall(r'revmux:step_seconds_sum{.*stage="(\w+)"', metrics))
+    assert stages == {"plan", "lower", "multiplex", "upper", "demultiplex", "step"}
+
+
+def test_the_log_has_a_line_for_every_interval_in_which_something_ran(server: LocalServer) -> None:
+    deadline = time.monotonic() + 30
+    while not (
+        found := re.findall(r"RevMUX: \d+ requests, .*mux:4 \d+%.*of the backbone", log(server))
+    ):
+        assert time.monotonic() < deadline, server.log_tail()
+        httpx.post(f"{server.base_url}/classify", json=body(["w1 w2"] * 9))
+        time.sleep(0.5)
+    assert "padding" in found[0]
+    time.sleep(3)
+    lines = log(server).count("RevMUX: ")
+    time.sleep(3)
+    assert log(server).count("RevMUX: ") == lines, "silent while nothing runs"
+
+
+def log(server: LocalServer) -> str:
+    return server.log_path.read_text(encoding="utf-8", errors="replace")
