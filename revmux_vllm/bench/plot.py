@@ -56,7 +56,7 @@ def _draw_latency(axes: Any, report: dict[str, Any]) -> None:
 def _draw_rungs(axes: Any, report: dict[str, Any]) -> None:
     offered = [point["offered"] for point in report["points"]]
     gaps = [after - before for before, after in pairwise(offered)]
-    width = 0.6 * min(gaps, default=offered[0])
+    width = min(0.6 * gap for gap in (*gaps, offered[0]))
     below = [0.0] * len(offered)
     for rung in rung_names(report):
         shares = [100 * rung_shares(point).get(rung, 0.0) for point in report["points"]]

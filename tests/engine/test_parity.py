@@ -67,7 +67,13 @@ ALL = f"{MUX},{MERGE},{BOTH},exit"
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "bert", "roberta"]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+def all_but(*slow: str) -> list[Any]:
+    """Every family; ``slow`` ones, which differ in a name or two from one that runs, are marked."""
+    marks = {family: [pytest.mark.slow] for family in slow}
+    return [pytest.param(family, marks=marks.get(family, [])) for family in FAMILIES]
+
+
+@pytest.mark.parametrize("family", all_but("mistral", "qwen2"))
 def test_float32(family: str, tmp_path: Path, make_engine: Callable[..., RecordingEngine]) -> None:
     folder = make_tiny_checkpoint(tmp_path, family=family, rungs=ALL)
     engine, reference = make_engine(folder), reference_of(folder)
@@ -86,7 +92,7 @@ def test_float32(family: str, tmp_path: Path, make_engine: Callable[..., Recordi
 
 @pytest.mark.parametrize(
     "family",  # the others differ in their layers, which vLLM compiles by itself
-    [pytest.param(f, marks=[] if f in ("llama", "bert") else pytest.mark.slow) for f in FAMILIES],
+    all_but("mistral", "qwen2", "qwen3", "roberta"),
 )
 def test_compiled(family: str, tmp_path: Path, make_engine: Callable[..., RecordingEngine]) -> None:
     folder = make_tiny_checkpoint(tmp_path, family=family, rungs=ALL)

@@ -4,8 +4,12 @@ The offered load is open: requests come when they are due, in bursts and lulls, 
 server keeps up. Its mean is 1.5 times *plain capacity*, what the server answers a moment before
 with every request alone on the backbone. The model is just large enough for one core to be the
 limit of that, so composites have to carry the rest. HTTP, tokenizing and the client share the other
-core, and where they are the limit, arrivals above ``MAX_IN_FLIGHT`` are shed; these are
-counted, and what was achieved is told beside what was offered.
+core; where they are the limit, arrivals above ``MAX_IN_FLIGHT`` are shed and counted, and what was
+achieved is told beside what was offered.
+
+Memory is the server's processes' together, fitted by a line after a quarter of the time. At 100
+requests a second ``MAX_GROWTH_MIB`` is 2 KiB a request in two minutes and 150 bytes in thirty.
+Without a leak the line gained -3 MiB in two minutes and 8 in thirty (175,000 answers).
 
 Two minutes in the suite; by hand ``-s --soak-minutes 30``, and ``--soak-report FILE`` for JSON.
 """
@@ -51,8 +55,8 @@ REQUEST_TIMEOUT_S = 300.0
 SETTLE_S = 10.0
 PACKED_ANSWER = 1e-3  # a hundred times what rounding may do
 
-WARM_UP = 0.25  # of the time
-MAX_GROWTH = 0.02  # of the resident memory; see the docstring of test_soak
+WARM_UP = 0.25
+MAX_GROWTH_MIB = 20.0
 
 
 async def watch_memory(until: float) -> list[tuple[float, float]]:
@@ -67,7 +71,7 @@ async def watch_memory(until: float) -> list[tuple[float, float]]:
 
 
 def memory_growth(sizes: list[tuple[float, float]]) -> float:
-    """MiB that the fitted line gains from the end of the warm-up to the end."""
+    """MiB that the fitted line gains after the ``WARM_UP``, a share of the time."""
     start, end = sizes[0][0], sizes[-1][0]
     warm = [(t, size) for t, size in sizes if t >= start + WARM_UP * (end - start)]
     slope, _ = statistics.linear_regression(*zip(*warm, strict=True))
@@ -187,4 +191,4 @@ def test_soak(server: LocalServer, folder: Path, request: pytest.FixtureRequest)
     assert answers <= sum(rungs.values()) <= answers + ended["aborted"]
     assert rungs["alone"] > 0
     assert sum(rungs.values()) > rungs["alone"], "no composites: nothing was tested"
-    assert seen["memory growth, MiB"] < MAX_GROWTH * seen["memory, MiB"]
+    assert seen["memory growth, MiB"] < MAX_GROWTH_MIB
