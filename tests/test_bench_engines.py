@@ -40,6 +40,7 @@ def object_on_stdout(result: Result, output: Path) -> dict:
     return report
 
 
+@pytest.mark.slow  # two servers and three clients, each of which takes long to start
 def test_online(tiny_checkpoint: Path, tmp_path: Path) -> None:
     output, plot = tmp_path / "load.json", tmp_path / "load.png"
     result = revmux(
