@@ -25,6 +25,10 @@ SIDE = {
 }
 
 
+# Two engines or servers each, and clients that take long to start.
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(autouse=True)
 def restored_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """An engine in this process sets these for good; servers must not inherit them."""
@@ -40,7 +44,6 @@ def object_on_stdout(result: Result, output: Path) -> dict:
     return report
 
 
-@pytest.mark.slow  # two servers and three clients, each of which takes long to start
 def test_online(tiny_checkpoint: Path, tmp_path: Path) -> None:
     output, plot = tmp_path / "load.json", tmp_path / "load.png"
     result = revmux(
