@@ -40,12 +40,9 @@ SHAPE = {
 
 def make_scheduler(folder: Path, policy: str) -> Any:
     """The engine's scheduler without an engine."""
-    import torch
     from vllm.engine.arg_utils import EngineArgs
-    from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
-    from vllm.v1.structured_output import StructuredOutputManager
 
-    from revmux_vllm.engine.scheduler import RevMuxScheduler
+    from revmux_vllm.bench.scheduler import lone_scheduler
 
     (folder / "config.json").write_text(json.dumps(SHAPE))
     config = EngineArgs(
@@ -57,21 +54,7 @@ def make_scheduler(folder: Path, policy: str) -> Any:
         max_num_seqs=256,
         additional_config={"revmux": {"policy": policy}},
     ).create_engine_config()
-    config.cache_config.num_gpu_blocks = blocks = 2048
-    spec = FullAttentionSpec(
-        block_size=16, num_kv_heads=2, head_size=32, head_size_v=32, dtype=torch.float32
-    )
-    return RevMuxScheduler(
-        vllm_config=config,
-        kv_cache_config=KVCacheConfig(
-            num_blocks=blocks,
-            kv_cache_tensors=[],
-            kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)],
-        ),
-        structured_output_manager=StructuredOutputManager(config),
-        block_size=16,
-        log_stats=True,
-    )
+    return lone_scheduler(config, num_blocks=2048)
 
 
 class Queue:

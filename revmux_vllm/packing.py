@@ -129,7 +129,7 @@ def first_of(
     rungs: Collection[Rung],
     max_tokens: int,
     max_requests: int,
-    fresh: Collection[int] = (),
+    fresh: frozenset[int] | set[int] = frozenset(),
 ) -> list[Packed]:
     """The composites that run now: the one with the longest waiting member first, and so on.
 
@@ -159,9 +159,8 @@ def first_of(
         max_tokens -= tokens
         max_requests -= len(group)
     widest = max((rung.mux for rung in rungs), default=1)
-    if fresh and any(rung.mux == widest for rung, _ in chosen):
-        late = [entry for entry in chosen if not set(fresh).issuperset(entry[1])]
-        return late + [e for e in chosen if e not in late and e[0].mux == widest]
+    if any(rung.mux == widest for rung, _ in chosen):
+        return [e for e in chosen if e[0].mux == widest or not fresh.issuperset(e[1])]
     return chosen
 
 

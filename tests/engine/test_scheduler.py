@@ -22,17 +22,16 @@ from vllm import PoolingParams
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.core.sched.interface import PauseState
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
-from vllm.v1.structured_output import StructuredOutputManager
 
+from revmux_vllm.bench.scheduler import lone_scheduler
 from revmux_vllm.engine.metrics import summary, take_counts
 from revmux_vllm.engine.scheduler import RevMuxScheduler
 from revmux_vllm.engine.stages import LOWER, UPPER, StepTimes
 from revmux_vllm.rungs import Rung
 
-MAX_TOKENS, MAX_REQUESTS, LONGEST, BLOCK = 128, 12, 64, 16
+MAX_TOKENS, MAX_REQUESTS, LONGEST, NUM_BLOCKS = 128, 12, 64, 100
 
 
 def vllm_config(folder: Path, priority: bool = False, **options: Any) -> VllmConfig:
@@ -45,24 +44,6 @@ def vllm_config(folder: Path, priority: bool = False, **options: Any) -> VllmCon
         scheduling_policy="priority" if priority else "fcfs",
         additional_config={"revmux": options},
     ).create_engine_config()
-
-
-def make_scheduler(config: VllmConfig, num_blocks: int = 100) -> RevMuxScheduler:
-    config.cache_config.num_gpu_blocks = num_blocks
-    spec = FullAttentionSpec(
-        block_size=BLOCK, num_kv_heads=1, head_size=8, head_size_v=8, dtype=torch.float32
-    )
-    return RevMuxScheduler(
-        vllm_config=config,
-        kv_cache_config=KVCacheConfig(
-            num_blocks=num_blocks,
-            kv_cache_tensors=[],
-            kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)],
-        ),
-        structured_output_manager=StructuredOutputManager(config),
-        block_size=BLOCK,
-        log_stats=True,
-    )
 
 
 def request(name: str, length: int, salt: str | None = None, priority: int = 0) -> Request:
@@ -137,7 +118,7 @@ class Traffic(RuleBasedStateMachine):
         key = priority, *options.items()
         if key not in self.configs:  # making one takes longer than an example
             self.configs[key] = vllm_config(self.folder, priority, **options)
-        self.scheduler = make_scheduler(self.configs[key], num_blocks)
+        self.scheduler = lone_scheduler(self.configs[key], num_blocks)
         self.flying: Any = None
         self.known: dict[str, Request] = {}
         self.aborted: set[str] = set()
@@ -242,7 +223,9 @@ def test_none_is_lost_or_mixed_up_whatever_happens(folder: Path) -> None:
 
 
 def test_width_follows_the_load(folder: Path) -> None:
-    scheduler = make_scheduler(vllm_config(folder, rungs=["mux:2", "mux:4"], target_ms=100))
+    scheduler = lone_scheduler(
+        vllm_config(folder, rungs=["mux:2", "mux:4"], target_ms=100), NUM_BLOCKS
+    )
     scheduler.add_request(request("0", 8))
     assert [str(rung) for rung in step(scheduler)[0].rungs] == ["alone"], "the first is measured"
     scheduler.add_request(request("1", 8))
@@ -256,7 +239,7 @@ def test_width_follows_the_load(folder: Path) -> None:
 
 
 def test_priority_comes_first(folder: Path) -> None:
-    scheduler = make_scheduler(vllm_config(folder, priority=True, policy="fixed:4"))
+    scheduler = lone_scheduler(vllm_config(folder, priority=True, policy="fixed:4"), NUM_BLOCKS)
     for i in range(40):
         scheduler.add_request(request(str(i), 60, priority=i % 4))
     order = [int(group[0]) % 4 for plan in drain(scheduler) for group in plan.groups]
@@ -264,7 +247,7 @@ def test_priority_comes_first(folder: Path) -> None:
 
 
 def test_it_lingers_for_partners_only_when_asked_to(folder: Path) -> None:
-    scheduler = make_scheduler(vllm_config(folder, policy="fixed:4", linger_ms=60))
+    scheduler = lone_scheduler(vllm_config(folder, policy="fixed:4", linger_ms=60), NUM_BLOCKS)
     began = time.monotonic()
     scheduler.add_request(request("0", 8))
     plan, _ = step(scheduler)
@@ -282,7 +265,7 @@ def test_it_lingers_for_partners_only_when_asked_to(folder: Path) -> None:
 
 
 def test_what_is_counted(folder: Path) -> None:
-    scheduler = make_scheduler(vllm_config(folder, policy="fixed:4"))
+    scheduler = lone_scheduler(vllm_config(folder, policy="fixed:4"), NUM_BLOCKS)
     for i, (length, salt) in enumerate(
         [(9, None)] * 3 + [(7, None), (5, "exact"), (5, "a"), (5, "b")]
     ):
@@ -310,7 +293,7 @@ def test_what_is_counted(folder: Path) -> None:
 
 
 def test_memory_for_few_requests_only_slows(folder: Path) -> None:
-    scheduler = make_scheduler(vllm_config(folder, policy="fixed:4"), num_blocks=6)
+    scheduler = lone_scheduler(vllm_config(folder, policy="fixed:4"), num_blocks=6)
     for i in range(20):
         scheduler.add_request(request(str(i), 40))
     plans = drain(scheduler)
