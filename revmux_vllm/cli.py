@@ -12,6 +12,7 @@ from rich.table import Table
 from revmux_vllm import __version__
 from revmux_vllm.bench.cli import app as bench
 from revmux_vllm.rungs import Rung, parse_rungs
+from revmux_vllm.serving.cli import serve
 from revmux_vllm.terminal import check_plot, make_console, mendable_errors
 from revmux_vllm.training.recipes import RECIPES
 
@@ -24,9 +25,10 @@ app = typer.Typer(
     help="Adapters that let vLLM classify several requests in one pass.\n\n"
     "`revmux train` makes a checkpoint folder from a frozen classifier, `revmux eval` measures it, "
     "`revmux inspect` tells what it is, `vllm serve FOLDER` serves it, `revmux bench` says "
-    "how much faster.",
+    "how much faster, and `revmux serve` runs several engines behind one address.",
 )
 app.add_typer(bench, name="bench")
+app.command()(serve)
 
 
 def _print_version(wanted: bool) -> None:

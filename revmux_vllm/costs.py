@@ -25,21 +25,22 @@ class LayerCosts:
     def __init__(self, prefill_layers: int, num_layers: int) -> None:
         self.lower, self.upper = prefill_layers, num_layers - prefill_layers
         self.overhead_s = 0.0
-        self._n = self._x = self._y = self._xx = self._xy = 0.0
+        # Of the measurements, weighted: their number, x, y, x squared, and x times y.
+        self._sums = [0.0] * 5
         self._seen_overhead = False
 
     @property
     def known(self) -> bool:
         """Whether anything was measured yet."""
-        return self._n > 0
+        return self._sums[0] > 0
 
     def observe(self, num_layers: int, rows: int, seconds: float) -> None:
         """So many layers took so long over so many rows."""
         if rows < 1 or num_layers < 1:
             return
         y = seconds / num_layers
-        for name, value in (("n", 1.0), ("x", rows), ("y", y), ("xx", rows**2), ("xy", rows * y)):
-            setattr(self, f"_{name}", FORGET * getattr(self, f"_{name}") + value)
+        new = (1.0, rows, y, rows**2, rows * y)
+        self._sums = [FORGET * old + own for old, own in zip(self._sums, new, strict=True)]
 
     def observe_overhead(self, seconds: float) -> None:
         """A step took so much longer than its layers."""
@@ -49,13 +50,14 @@ class LayerCosts:
 
     def per_layer(self) -> tuple[float, float]:
         """``a`` and ``b``: seconds of a layer, and of a layer and row; neither negative."""
-        n = self._n * (1 + RIDGE)
-        a = (self._y * self._xx - self._x * self._xy) / (n * self._xx - self._x**2)
-        b = (n * self._xy - self._x * self._y) / (n * self._xx - self._x**2)
+        n, x, y, xx, xy = self._sums
+        held = n * (1 + RIDGE)
+        a = (y * xx - x * xy) / (held * xx - x**2)
+        b = (held * xy - x * y) / (held * xx - x**2)
         if a < 0:
-            return 0.0, self._xy / self._xx
+            return 0.0, xy / xx
         if b < 0:
-            return self._y / self._n, 0.0
+            return y / n, 0.0
         return a, b
 
     def seconds(self, tokens: float, rows: float, num_steps: int = 1) -> float:
@@ -65,6 +67,11 @@ class LayerCosts:
         a, b = self.per_layer()
         fixed = self.overhead_s + a * (self.lower + self.upper)
         return num_steps * fixed + b * (self.lower * tokens + self.upper * rows)
+
+    def tokens_per_s(self, saving: float, step_tokens: int) -> float:
+        """What full steps of ``step_tokens`` answer per second at a rung; 0 until it is known."""
+        seconds = self.seconds(step_tokens, step_tokens / saving)
+        return step_tokens / seconds if seconds else 0.0
 
 
 class ArrivalRate:

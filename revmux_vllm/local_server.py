@@ -1,4 +1,4 @@
-"""``vllm serve`` as a child process, for the examples, the tests and the benchmarks."""
+"""A server as a child process, for the examples, the tests and the benchmarks."""
 
 import contextlib
 import os
@@ -23,16 +23,21 @@ class ServerError(RuntimeError):
     """A server that died or was not ready in time; the text holds its last log lines."""
 
 
+VLLM = ("vllm", "serve", "--model")
+RAY = ("revmux", "serve")
+
+
 class LocalServer:
     """One ``vllm serve`` on a free port of this machine, alive inside a ``with`` block.
 
-    The server is the one installed beside the running Python. It leads a process group of its own,
+    The command is the one installed beside the running Python. The server leads a process group of its own,
     so Ctrl-C in a terminal does not reach it before ``stop`` does.
 
     Args:
         model: what follows ``--model``.
         extra_args: further options of ``vllm serve``.
         env: the whole environment of the server; default this process's.
+        start: what is run, up to the model: ``VLLM``, or ``RAY`` for ``revmux serve``.
 
     Attributes:
         base_url: ``http://127.0.0.1:<port>``.
@@ -45,12 +50,13 @@ class LocalServer:
         model: str | Path,
         extra_args: Sequence[str] = (),
         env: Mapping[str, str] | None = None,
+        start: Sequence[str] = VLLM,
     ) -> None:
         port = _free_port()
-        vllm = str(Path(sys.executable).with_name("vllm"))
         self.model = str(model)
         self.base_url = f"http://127.0.0.1:{port}"
-        self.command = [vllm, "serve", "--model", self.model]
+        command, *words = start
+        self.command = [str(Path(sys.executable).with_name(command)), *words, self.model]
         self.command += ["--host", "127.0.0.1", "--port", str(port), *extra_args]
         self._env = None if env is None else dict(env)
         handle, name = tempfile.mkstemp(prefix="revmux-server-", suffix=".log")
@@ -115,7 +121,7 @@ class LocalServer:
 
     def _error(self, what: str) -> ServerError:
         return ServerError(
-            f"vllm serve {self.model}: {what}\n{self.log_tail()}\nThe whole log: {self.log_path}"
+            f"{Path(self.command[0]).name} serve {self.model}: {what}\n{self.log_tail()}\nThe whole log: {self.log_path}"
         )
 
     def log_tail(self, num_lines: int = 30) -> str:

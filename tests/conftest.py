@@ -216,6 +216,8 @@ class ByCrowd:
     alone_because = "light_load"
     defers = False
 
+    savings = (1.0, 1.0)
+
     def __init__(self, rungs: tuple[Rung, ...]) -> None:
         self._rungs = rungs
 

@@ -26,7 +26,10 @@ logger = init_logger("vllm.revmux")
 _KEY = "revmux"
 _BUCKETS = tuple(m * 10.0**e for e in range(-4, 2) for m in (1, 2.5, 5))
 Counts = Counter[tuple[str, str]]
-"""What happened how often, by kind and label; of kind ``us`` how many microseconds a stage took."""
+"""What happened how often, by kind and label.
+
+Of kind ``us`` how many microseconds a stage took; of kind ``now`` no count but the present state.
+"""
 
 
 def put_counts(stats: SchedulerStats, counts: Mapping[tuple[str, str], int]) -> None:
@@ -50,7 +53,7 @@ class _Metrics:
     """Prometheus' own objects, made once in a process."""
 
     def __init__(self) -> None:
-        by = ["model_name", "engine"]
+        by = ["model_name", "engine"]  # and then the label of a count, if it has one
         self.counters = {
             "requests": prometheus.Counter(
                 "revmux:requests",
@@ -77,7 +80,19 @@ class _Metrics:
             "composite_tokens": prometheus.Counter(
                 "revmux:composite_tokens", "Tokens of the members of composites.", by
             ),
+            "arrived_tokens": prometheus.Counter(
+                "revmux:arrived_tokens", "Tokens of the requests that arrived.", by
+            ),
         }
+        self.waiting_tokens = prometheus.Gauge(
+            "revmux:waiting_tokens", "Tokens of the requests that wait, after the last step.", by
+        )
+        self.capacity = prometheus.Gauge(
+            "revmux:capacity_tokens_per_second",
+            "Estimate of what full steps answer: at the rung in use (in_use), and at the cheapest "
+            "that the policy may take (widest).",
+            [*by, "at"],
+        )
         self.step_seconds = prometheus.Histogram(
             "revmux:step_seconds",
             "Time of a step by stage: plan, lower, multiplex, upper, demultiplex, and the whole "
@@ -110,8 +125,14 @@ class RevMuxStatLogger(StatLoggerBase):
         if hasattr(vllm_config.model_config.hf_config, "revmux") and not RevMuxStatLogger._metrics:
             RevMuxStatLogger._metrics = _Metrics()
         if metrics := self._metrics:
-            plain = (metrics.counters["composite_slots"], metrics.counters["composite_tokens"])
-            for metric in (*plain, metrics.linger_seconds, metrics.backbone_seconds):
+            names = ("composite_slots", "composite_tokens", "arrived_tokens")
+            plain = [metrics.counters[name] for name in names]
+            for metric in (
+                *plain,
+                metrics.linger_seconds,
+                metrics.backbone_seconds,
+                metrics.waiting_tokens,
+            ):
                 metric.labels(**self.labels)  # so that they are there, at zero, from the start
 
     def record(
@@ -130,9 +151,18 @@ class RevMuxStatLogger(StatLoggerBase):
             if kind == "us":
                 self._record_time(label, n / 1e6)
                 continue
-            name = {"fallbacks": "reason", "composite_slots": "", "composite_tokens": ""}
-            by = {name.get(kind, "rung"): label} if label else {}
-            self._metrics.counters[kind].labels(**by, **self.labels).inc(n)
+            if kind == "now":
+                self._set(label, n)
+                continue
+            by = (*self.labels.values(), label) if label else self.labels.values()
+            self._metrics.counters[kind].labels(*by).inc(n)
+
+    def _set(self, what: str, tokens: int) -> None:
+        assert self._metrics is not None
+        if what == "waiting":
+            self._metrics.waiting_tokens.labels(**self.labels).set(tokens)
+        else:
+            self._metrics.capacity.labels(at=what, **self.labels).set(tokens)
 
     def _record_time(self, stage: str, seconds: float) -> None:
         assert self._metrics is not None

@@ -60,6 +60,11 @@ class Policy(Protocol):
     @property
     def window(self) -> int: ...
 
+    @property
+    def savings(self) -> tuple[float, float]:
+        """Of the rung in use, and of the cheapest that may come into use."""
+        ...
+
     def rungs(self, backlog: Backlog) -> tuple[Rung, ...]:
         """Rungs that the step may use; none is the backbone alone."""
         ...
@@ -74,6 +79,12 @@ class Fixed:
 
     def __init__(self, rungs: tuple[Rung, ...]) -> None:
         self._rungs = rungs
+
+    @property
+    def savings(self) -> tuple[float, float]:
+        """Both are the cheapest rung's."""
+        cheapest = max((rung.saving for rung in self._rungs), default=1)
+        return cheapest, cheapest
 
     def rungs(self, backlog: Backlog) -> tuple[Rung, ...]:
         """The same ones whatever waits."""
@@ -114,6 +125,11 @@ class ByLoad:
     def window(self) -> int:
         """One until a step was measured: the first request of all runs by itself."""
         return WINDOW if self.costs.known else 1
+
+    @property
+    def savings(self) -> tuple[float, float]:
+        """Of the level, and of the highest one."""
+        return self.levels[self.level].saving, self.levels[-1].saving
 
     def rungs(self, backlog: Backlog) -> tuple[Rung, ...]:
         """Widen at once when the horizon is missed, narrow with room to spare."""

@@ -23,7 +23,8 @@ from vllm.v1.request import Request
 
 from revmux_vllm.config import RevMuxConfig
 from revmux_vllm.costs import ArrivalRate, Backlog, LayerCosts
-from revmux_vllm.engine.metrics import put_counts
+from revmux_vllm.engine.metrics import Counts, put_counts
+from revmux_vllm.engine.orphans import end_with_parent
 from revmux_vllm.engine.policy import make_policy, read_options
 from revmux_vllm.engine.stages import LOWER, UPPER
 from revmux_vllm.packing import MuxPlan, Packed, fallbacks, first_of, pack_rungs
@@ -31,6 +32,9 @@ from revmux_vllm.rungs import Rung
 
 EXACT = "exact"
 """A ``cache_salt`` of this, or beginning with it and a colon, asks for the backbone alone."""
+
+RATE_HORIZONS = 5
+"""The rate of arrivals is an average over so many horizons, so that a burst is no rate."""
 
 
 @dataclass
@@ -47,14 +51,15 @@ class RevMuxScheduler(Scheduler):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        end_with_parent()
         model = self.vllm_config.model_config
         self.revmux = RevMuxConfig.from_dict(model.hf_config.revmux)
         self.options = read_options(self.vllm_config.additional_config, self.revmux)
         self.costs = LayerCosts(self.revmux.prefill_layers, model.hf_config.num_hidden_layers)
-        self.arrivals = ArrivalRate(5 * self.options.target_ms / 1000, time.monotonic())
+        self.arrivals = ArrivalRate(RATE_HORIZONS * self.options.target_ms / 1000, time.monotonic())
         budgets = self.max_num_scheduled_tokens, self.max_num_running_reqs
         self.mux_policy = make_policy(self.revmux, self.options, self.costs, *budgets)
-        self.counts: Counter[tuple[str, str]] = Counter()
+        self.counts: Counts = Counter()
         self._step_began = 0.0
         self._choice_at = time.time()
         self._lingering_since: float | None = None
@@ -189,6 +194,7 @@ class RevMuxScheduler(Scheduler):
     def add_request(self, request: Request) -> None:
         """vLLM's, counted for the rate of arrivals."""
         self.arrivals.add(request.num_tokens)
+        self.counts["arrived_tokens", ""] += request.num_tokens
         super().add_request(request)
 
     def update_from_output(
@@ -213,9 +219,16 @@ class RevMuxScheduler(Scheduler):
         """vLLM's statistics, with ours since the last ones."""
         stats = super().make_stats(*args, **kwargs)
         if stats is not None:
-            put_counts(stats, self.counts)
+            put_counts(stats, {**self.counts, **self._now()})
             self.counts.clear()
         return stats
+
+    def _now(self) -> dict[tuple[str, str], int]:
+        """What waits, and what could be answered per second: tokens."""
+        now = {"waiting": float(sum(request.num_tokens for request in self.waiting))}
+        for at, saving in zip(("in_use", "widest"), self.mux_policy.savings, strict=True):
+            now[at] = self.costs.tokens_per_s(saving, self.max_num_scheduled_tokens)
+        return {("now", key): round(tokens) for key, tokens in now.items()}
 
 
 def _is_exact(request: Request) -> bool:

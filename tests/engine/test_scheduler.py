@@ -235,6 +235,9 @@ def test_width_follows_the_load(folder: Path) -> None:
         scheduler.add_request(request(str(i), 8))
     plans = drain(scheduler)
     assert [str(rung) for rung in plans[0].rungs] == ["mux:4"] * 3
+    now = scheduler._now()
+    assert now["now", "waiting"] == 0
+    assert now["now", "in_use"] <= now["now", "widest"]
     assert sum(plan.counts()[Rung(mux=4)] for plan in plans) > 250
 
 
@@ -277,7 +280,11 @@ def test_what_is_counted(folder: Path) -> None:
     assert set(times) == {"plan", "lower", "upper", "step", "backbone"}
     assert times["plan"] <= times["step"]
     assert times["lower"] == round(1e6 * 1e-4 * 49)
-    assert {key: n for key, n in counts.items() if key[0] != "us"} == {
+    now = {label: n for (kind, label), n in counts.items() if kind == "now"}
+    assert now["waiting"] == 0
+    assert 0 < now["in_use"] == now["widest"], "a fixed policy"
+    assert {key: n for key, n in counts.items() if key[0] not in ("us", "now")} == {
+        ("arrived_tokens", ""): 49,
         ("requests", "mux:4"): 4,
         ("requests", "alone"): 3,
         ("composites", "mux:4"): 1,

@@ -1,0 +1,124 @@
+"""``revmux serve``: the Ray Serve application on a cluster of this machine, or on a running one."""
+
+import time
+from importlib.util import find_spec
+from typing import Annotated, Any
+
+import typer
+
+from revmux_vllm.terminal import make_console, mendable_errors, unwound_on_sigterm
+
+POLL_S = 2.0
+DRAIN_OF_LOCAL_S = "3"
+
+
+def serve(
+    model: Annotated[
+        str, typer.Argument(help="Checkpoint folder, bundled name or hub id.")
+    ] = "revmux-llama",
+    replicas: Annotated[int, typer.Option(help="Engines; with --max-replicas the fewest.")] = 1,
+    max_replicas: Annotated[
+        int | None, typer.Option(help="Most engines: switches autoscaling on.")
+    ] = None,
+    cpus_per_replica: Annotated[
+        float, typer.Option(help="CPUs of one engine, and threads that it computes with on CPUs.")
+    ] = 1.0,
+    gpus_per_replica: Annotated[
+        float | None, typer.Option(help="Default: what tensor parallelism takes, if there are any.")
+    ] = None,
+    fronts: Annotated[int, typer.Option(help="HTTP processes before the engines.")] = 1,
+    router: Annotated[
+        str, typer.Option(help="`pack-aware`, or Ray's own `power-of-two`.")
+    ] = "pack-aware",
+    vllm_args: Annotated[
+        str, typer.Option(help="Options of `vllm serve` for every engine, in quotes.")
+    ] = "",
+    host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen at.")] = 8000,
+    address: Annotated[
+        str | None,
+        typer.Option(help="A running Ray cluster, `auto` for this machine's. Default: a new one."),
+    ] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(help="KEY=VALUE: any other of the application's; docs/ray.md lists them."),
+    ] = None,
+) -> None:
+    """Several engines behind one address, by Ray Serve; the routes are those of `vllm serve`.
+
+    Example: `revmux serve revmux-llama --replicas 2`. Ctrl-C ends it. On a cluster:
+    `serve deploy examples/ray_serve.yaml`; `docs/ray.md` has more.
+    """
+    with mendable_errors(), unwound_on_sigterm():
+        if find_spec("ray") is None:
+            from revmux_vllm.serving import RAY_IS_MISSING
+
+            raise ValueError(RAY_IS_MISSING)
+        from revmux_vllm.serving.options import read_options
+
+        values = {
+            "model": model,
+            "replicas": replicas,
+            "max_replicas": max_replicas,
+            "cpus_per_replica": cpus_per_replica,
+            "gpus_per_replica": gpus_per_replica,
+            "fronts": fronts,
+            "router": router,
+            "vllm_args": vllm_args,
+            **dict(_pair(text) for text in option or []),
+        }
+        _run(read_options(values), host, port, address)
+
+
+def _pair(text: str) -> tuple[str, str]:
+    key, separator, value = text.partition("=")
+    if not separator:
+        raise ValueError(f"--option {text}: expected KEY=VALUE")
+    return key, value
+
+
+def _run(options: Any, host: str, port: int, address: str | None) -> None:
+    """Deploy, say when it is ready, and stay until interrupted.
+
+    Raises:
+        ValueError: if the application cannot be deployed, with the reason.
+    """
+    import os
+
+    from revmux_vllm.serving.application import app, prepare_environment
+
+    if address is None:
+        # Nothing else stands before these fronts that would have to learn that they leave.
+        os.environ.setdefault("RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S", DRAIN_OF_LOCAL_S)
+        prepare_environment()
+    console = make_console(stderr=True)
+    with console.status(f"{options.model}: checking it and the options"):
+        application = app(options)
+
+    import ray
+    from ray import serve
+
+    ray.init(address=address or "local", namespace="serve", logging_level="WARNING")
+    try:
+        _check_room(options, ray.cluster_resources())
+        serve.start(http_options={"host": host, "port": port})
+        with console.status(f"starting {options.replicas} engines; the first time takes minutes"):
+            serve.run(application, blocking=False, _local_testing_mode=False)
+        console.print(f"{options.model} answers at http://{host}:{port}/classify", highlight=False)
+        while True:
+            time.sleep(POLL_S)
+    except RuntimeError as error:
+        raise ValueError(str(error)) from error
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+
+
+def _check_room(options: Any, resources: dict[str, float]) -> None:
+    """Ray would wait for CPUs that never come."""
+    needed, there = options.replicas * options.cpus_per_replica, resources.get("CPU", 0.0)
+    if needed > there:
+        raise ValueError(
+            f"--replicas {options.replicas}: {needed:g} CPUs are needed at --cpus-per-replica "
+            f"{options.cpus_per_replica:g}, and the cluster has {there:g}; ask for less of either"
+        )

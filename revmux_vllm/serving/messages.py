@@ -1,0 +1,100 @@
+"""What travels between the front and the replicas, and how much work it is. Plain Python."""
+
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+CHARS_PER_TOKEN = 4
+"""Of prompts that come as token ids; texts are counted in characters."""
+
+Headers = tuple[tuple[bytes, bytes], ...]
+
+
+@dataclass(frozen=True)
+class HttpRequest:
+    """One request as it came; header names in lower case."""
+
+    method: str
+    path: str
+    query: bytes
+    headers: Headers
+    body: bytes
+
+
+@dataclass(frozen=True)
+class HttpResponse:
+    """One answer as it leaves."""
+
+    status: int
+    headers: Headers
+    body: bytes
+
+
+@dataclass(frozen=True)
+class Work:
+    """How much a request is, and with whom it may share composites.
+
+    Attributes:
+        chars: characters of all its texts: a measure that needs no tokenizer. Replicas know how
+            many of their tokens it takes (``ReplicaStats``).
+        length_class: texts of one class differ by less than a factor of two.
+        domain: its isolation domain, vLLM's ``cache_salt``.
+    """
+
+    chars: int = 1
+    length_class: int = 1
+    domain: str | None = None
+
+    @property
+    def kind(self) -> tuple[str | None, int]:
+        """Requests of one kind are partners."""
+        return self.domain, self.length_class
+
+
+def measure(body: bytes) -> Work:
+    """The work that a request's body asks for; the least there is where it asks for none.
+
+    Reads ``input`` (``/classify``, ``/pooling``), pairs under any of vLLM's names, and
+    ``cache_salt``. Bad requests are measured too, because it is the engine that refuses them.
+    """
+    try:
+        values = json.loads(body)
+    except ValueError:
+        return Work()
+    if not isinstance(values, dict):
+        return Work()
+    lengths = [
+        length
+        for key in ("input", "text_1", "text_2", "queries", "documents", "query", "messages")
+        for length in _lengths(values.get(key))
+    ]
+    if not lengths:
+        return Work()
+    salt = values.get("cache_salt")
+    typical = max(1, round(statistics.median(lengths)))
+    return Work(
+        chars=max(1, sum(lengths)),
+        length_class=typical.bit_length(),
+        domain=salt if isinstance(salt, str) else None,
+    )
+
+
+def _lengths(value: Any) -> Sequence[int]:
+    if isinstance(value, str):
+        return [len(value)]
+    if isinstance(value, dict):
+        return [sum(sum(_lengths(part)) for part in value.values())]
+    if not isinstance(value, list):
+        return []
+    if value and all(isinstance(item, int) for item in value):
+        return [CHARS_PER_TOKEN * len(value)]
+    return [length for item in value for length in _lengths(item)]
+
+
+def error_response(status: int, kind: str, message: str) -> HttpResponse:
+    """An error of the front's own, in the shape of vLLM's."""
+    error = {"message": message, "type": kind, "param": None, "code": status}
+    body = json.dumps({"error": error}).encode()
+    return HttpResponse(status, ((b"content-type", b"application/json"),), body)

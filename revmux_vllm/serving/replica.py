@@ -1,0 +1,141 @@
+"""One engine under Ray Serve: vLLM's routes behind ``answer``, its health, its statistics."""
+
+import asyncio
+import json
+import logging
+import os
+import time
+from contextlib import AsyncExitStack
+from typing import Any
+
+from revmux_vllm.serving.messages import HttpRequest, HttpResponse, Work
+from revmux_vllm.serving.stats import ReplicaStats, StatsReader
+from revmux_vllm.serving.vllm_app import call, parse_arguments, running_app
+
+WATCH_S = 0.5
+STALLED_S = 60.0
+"""An engine that has had work for so long without answering any of it is taken for dead."""
+DEAD_ENGINE = 70
+"""Exit status of a replica whose engine has died."""
+
+logger = logging.getLogger("ray.serve")
+
+
+class EngineDied(RuntimeError):
+    """The engine ended while it had the request; another replica may answer it."""
+
+
+class EngineReplica:
+    """The engine and its API server, in one replica.
+
+    Args:
+        model, served_name: as ``locate`` gives them.
+        vllm_args: options of ``vllm serve``.
+        threads: that the engine computes with on CPUs.
+    """
+
+    async def __init__(  # type: ignore[misc]
+        self, model: str, served_name: str, vllm_args: list[str], threads: int
+    ) -> None:
+        _compute_with(threads)
+        args = parse_arguments(model, served_name, vllm_args)
+        self._stack = AsyncExitStack()
+        self._engine, self._app = await self._stack.enter_async_context(running_app(args))
+        horizon_s = _horizon_s(self._engine)
+        self._chars = 0
+        self._under_way = 0
+        self._progress_at = time.monotonic()
+        # One for each of those who look, because a rate is since the last look.
+        self._for_routers, self._for_autoscaler = StatsReader(horizon_s), StatsReader(horizon_s)
+        name = self._engine.model_config.served_model_name
+        await self._warm_up(name)
+        self._watch = asyncio.create_task(self._leave_with_the_engine())
+
+    async def answer(self, work: Work, request: HttpRequest) -> HttpResponse:
+        """vLLM's answer.
+
+        Raises:
+            EngineDied: if there will be none.
+        """
+        if not self._under_way:
+            self._progress_at = time.monotonic()
+        self._under_way += 1
+        self._chars += work.chars
+        try:
+            response = await call(self._app, request)
+        except Exception as error:
+            if self._engine.errored:
+                raise EngineDied(repr(error)) from None
+            raise
+        finally:
+            self._under_way -= 1
+            self._progress_at = time.monotonic()
+        if response.status >= 500 and self._engine.errored:
+            raise EngineDied(response.body.decode(errors="replace"))
+        return response
+
+    async def metrics(self) -> tuple[str, str]:
+        """Name of the replica, and its ``/metrics``."""
+        from ray import serve
+
+        request = HttpRequest("GET", "/metrics", b"", (), b"")
+        page = await call(self._app, request)
+        if page.status == 307:  # the mounted page stands at /metrics/
+            page = await call(self._app, HttpRequest("GET", "/metrics/", b"", (), b""))
+        return serve.get_replica_context().replica_id.unique_id, page.body.decode()
+
+    async def check_health(self) -> None:
+        """Raise if the engine is dead, or has stalled."""
+        await self._engine.check_health()
+        stalled_s = time.monotonic() - self._progress_at
+        if self._under_way and stalled_s > STALLED_S:
+            raise RuntimeError(f"the engine has answered nothing for {stalled_s:.0f} s")
+
+    async def record_routing_stats(self) -> dict[str, float]:
+        """For routers; see ``ReplicaStats``."""
+        return self._look(self._for_routers).to_dict()
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """For the autoscaler; see ``ReplicaStats``."""
+        stats = self._look(self._for_autoscaler)
+        return {"load": stats.load, "backlog_s": stats.backlog_s}
+
+    async def __del__(self) -> None:
+        """Serve's: the last thing that a leaving replica does."""
+        self._watch.cancel()
+        await self._stack.aclose()
+
+    def _look(self, reader: StatsReader) -> ReplicaStats:
+        return reader.look(self._chars, is_idle=not self._under_way)
+
+    async def _warm_up(self, name: str) -> None:
+        """Two small requests: what steps cost is known from then on."""
+        body = json.dumps({"model": name, "input": "hello"}).encode()
+        headers = ((b"content-type", b"application/json"),)
+        request = HttpRequest("POST", "/classify", b"", headers, body)
+        for _ in range(2):
+            response = await self.answer(Work(chars=5), request)
+            if response.status != 200:
+                logger.warning("the first request was refused: %s", response.body.decode())
+
+    async def _leave_with_the_engine(self) -> None:
+        """End the process with its engine: Ray notices that at once, and starts another."""
+        while not self._engine.errored:
+            await asyncio.sleep(WATCH_S)
+        logger.error("the engine has died, so this replica leaves")
+        await asyncio.sleep(WATCH_S)  # for the answers that say so
+        os._exit(DEAD_ENGINE)
+
+
+def _compute_with(threads: int) -> None:
+    """On CPUs vLLM would bind every engine of a machine to the same cores."""
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    os.environ["OMP_NUM_THREADS"] = str(max(1, threads))
+
+
+def _horizon_s(engine: Any) -> float:
+    from revmux_vllm.config import RevMuxConfig
+    from revmux_vllm.engine.policy import read_options
+
+    config = RevMuxConfig.from_dict(engine.model_config.hf_config.revmux)
+    return read_options(engine.vllm_config.additional_config, config).target_ms / 1000
