@@ -1,0 +1,118 @@
+"""`revmux serve` with a model whose answers are known, its processes, and requests to it."""
+
+import asyncio
+import json
+import os
+import random
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import httpx
+import psutil
+from known_answers import Known
+
+from revmux_vllm.local_server import RAY, LocalServer
+
+ENGINE, FRONT = "ray::ServeReplica:default:Engine", "ray::ServeReplica:default:Front"
+CORE = "VLLM::EngineCore"
+PACKED = json.dumps({"revmux": {"policy": "fixed:4"}})
+VLLM_ARGS = "--served-model-name known --enforce-eager --dtype float32 --additional-config "
+    f"--served-model-name known --enforce-eager --dtype float32 --additional-config '{PACKED}'"
+)
+
+
+@contextmanager
+def serving(folder: Path, *options: str, wait_s: float = 300) -> Iterator[LocalServer]:
+    """The checkpoint behind Ray Serve, ready; every composite is as wide as it can be."""
+    extra = ("--vllm-args", f"{VLLM_ARGS} '{PACKED}'", *options)
+    env = os.environ | {"RAY_USAGE_STATS_ENABLED": "0", "VLLM_LOGGING_LEVEL": "WARNING"}
+    with LocalServer(folder, extra, env, start=RAY) as server:
+        server.wait_ready(wait_s)
+        yield server
+
+
+def processes(server: LocalServer, name: str) -> list[psutil.Process]:
+    """Those of this server's session whose command begins with ``name``."""
+    assert server._process is not None
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        with suppress(ProcessLookupError, psutil.NoSuchProcess):
+            command = (process.info["cmdline"] or [""])[0]
+            if command.startswith(name) and os.getsid(process.pid) == server._process.pid:
+                found.append(process)
+    return found
+
+
+def replicas(server: LocalServer) -> set[str]:
+    """Names of the engines that answer now."""
+    page = httpx.get(f"{server.base_url}/metrics", timeout=30).text
+    return {part.split('"')[1] for part in page.split("replica=")[1:]}
+
+
+def wait_until(holds: Callable[[], bool], seconds: float, what: str) -> float:
+    """Seconds that it took."""
+    started = time.monotonic()
+    while not holds():
+        assert time.monotonic() - started < seconds, f"not within {seconds:.0f} s: {what}"
+        time.sleep(0.2)
+    return time.monotonic() - started
+
+
+class Client:
+    """Asks texts of ``known`` and checks what comes.
+
+    Attributes:
+        statuses: of all answers, and the names of errors.
+        wrong: texts that got another's label.
+    """
+
+    def __init__(self, server: LocalServer, known: Known) -> None:
+        self.base_url, self.known = server.base_url, known
+        self.statuses: Counter[Any] = Counter()
+        self.wrong: list[int] = []
+
+    async def ask(self, session: aiohttp.ClientSession, index: int, salt: str | None) -> None:
+        body = {"model": "known", "input": self.known.texts[index]}
+        if salt:
+            body["cache_salt"] = salt
+        try:
+            async with session.post("/classify", json=body) as response:
+                self.statuses[response.status] += 1
+                answer = await response.json(content_type=None)
+                if response.status != 200:
+                    print(response.status, answer)
+                elif answer["data"][0]["label"] not in self.known.labels[index]:
+                    self.wrong.append(index)
+        except (aiohttp.ClientError, TimeoutError) as error:
+            self.statuses[type(error).__name__] += 1
+
+    async def ask_all(
+        self, num_requests: int, connections: int, beside: Callable[[], Any] | None = None
+    ) -> None:
+        """A closed loop; ``beside`` is a coroutine function that runs until all is answered."""
+        connector = aiohttp.TCPConnector(limit=connections)
+        timeout = aiohttp.ClientTimeout(total=None, sock_read=900)
+        rng = random.Random(0)
+        salts: Sequence[str | None] = (None, None, None, "tenant-a", "tenant-b", "exact")
+        async with aiohttp.ClientSession(
+            self.base_url, connector=connector, timeout=timeout
+        ) as session:
+            other = asyncio.create_task(beside()) if beside else None
+            total = len(self.known.texts)
+            await asyncio.gather(
+                *(self.ask(session, i % total, rng.choice(salts)) for i in range(num_requests))
+            )
+            if other:
+                other.cancel()
+                await asyncio.gather(other, return_exceptions=True)
+
+
+def kill(process: psutil.Process) -> None:
+    """SIGKILL, of one of the server's own processes."""
+    process.send_signal(signal.SIGKILL)

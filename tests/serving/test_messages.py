@@ -1,0 +1,59 @@
+"""How much work a request is, by its body."""
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from revmux_vllm.serving.messages import Work, error_response, measure
+
+
+def of(**values: Any) -> Work:
+    return measure(json.dumps({"model": "m", **values}).encode())
+
+
+@pytest.mark.parametrize(
+    ("values", "chars", "length_class"),
+    [
+        ({"input": "abcd"}, 4, 3),
+        ({"input": ["ab", "cd", "abcdefgh"]}, 12, 2),
+        ({"input": [1, 2, 3]}, 12, 4),
+        ({"input": [[1, 2], [3, 4, 5]]}, 20, 4),
+        ({"text_1": "abc", "text_2": ["abc", "abc"]}, 9, 2),
+        ({"queries": "abc", "documents": ["abcd"]}, 7, 3),
+        ({"messages": [{"role": "user", "content": "hello"}]}, 9, 4),
+        ({"input": ""}, 1, 1),
+        ({"input": []}, 1, 1),
+        ({"input": 5}, 1, 1),
+        ({}, 1, 1),
+    ],
+)
+def test_work(values: dict[str, Any], chars: int, length_class: int) -> None:
+    assert of(**values) == Work(chars, length_class)
+
+
+def test_the_domain_is_the_cache_salt() -> None:
+    assert of(input="ab", cache_salt="tenant").kind == ("tenant", 2)
+    assert of(input="ab", cache_salt=7).domain is None
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=9),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner),
+)
+
+
+@settings(deadline=None)
+@given(st.binary() | st.dictionaries(st.sampled_from(["input", "documents"]), json_values))
+def test_any_body_is_measured(body: Any) -> None:
+    raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+    assert measure(raw).chars >= 1
+
+
+def test_errors_look_like_vllms() -> None:
+    response = error_response(429, "TooManyRequests", "busy")
+    assert json.loads(response.body)["error"] == {
+        "message": "busy", "type": "TooManyRequests", "param": None, "code": 429,
+    }  # fmt: skip
