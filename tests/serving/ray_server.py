@@ -1,7 +1,6 @@
 """`revmux serve` with a model whose answers are known, its processes, and requests to it."""
 
 import asyncio
-import json
 import os
 import random
 import signal
@@ -21,16 +20,14 @@ from revmux_vllm.local_server import RAY, LocalServer
 
 ENGINE, FRONT = "ray::ServeReplica:default:Engine", "ray::ServeReplica:default:Front"
 CORE = "VLLM::EngineCore"
-PACKED = json.dumps({"revmux": {"policy": "fixed:4"}})
-VLLM_ARGS = "--served-model-name known --enforce-eager --dtype float32 --additional-config "
-    f"--served-model-name known --enforce-eager --dtype float32 --additional-config '{PACKED}'"
-)
+PACKED = '--additional-config \'{"revmux": {"policy": "fixed:4"}}\''
+VLLM_ARGS = f"--served-model-name known --enforce-eager --dtype float32 {PACKED}"
 
 
 @contextmanager
 def serving(folder: Path, *options: str, wait_s: float = 300) -> Iterator[LocalServer]:
     """The checkpoint behind Ray Serve, ready; every composite is as wide as it can be."""
-    extra = ("--vllm-args", f"{VLLM_ARGS} '{PACKED}'", *options)
+    extra = ("--vllm-args", VLLM_ARGS, *options)
     env = os.environ | {"RAY_USAGE_STATS_ENABLED": "0", "VLLM_LOGGING_LEVEL": "WARNING"}
     with LocalServer(folder, extra, env, start=RAY) as server:
         server.wait_ready(wait_s)
