@@ -28,7 +28,7 @@ def serve(
     gpus_per_replica: Annotated[
         float | None, typer.Option(help="Default: what tensor parallelism takes, if there are any.")
     ] = None,
-    fronts: Annotated[int, typer.Option(help="HTTP processes before the engines.")] = 1,
+    fronts: Annotated[int, typer.Option(help="HTTP processes before the engines.")] = 2,
     router: Annotated[
         str, typer.Option(help="`pack-aware`, or Ray's own `power-of-two`.")
     ] = "pack-aware",

@@ -49,11 +49,13 @@ class Front:
 
     async def __call__(self, request: Request) -> Response:
         """One HTTP request."""
-        if request.url.path in ("/metrics", "/metrics/") and request.method == "GET":
+        # Without the route prefix of the Ray Serve application: vLLM's routes know none.
+        path = request.scope["path"].removeprefix(request.scope.get("root_path", "")) or "/"
+        if path.rstrip("/") == "/metrics" and request.method == "GET":
             return Response(await self._metrics(), media_type=PAGE_TYPE)
         asked = HttpRequest(
             method=request.method,
-            path=request.url.path,
+            path=path,
             query=request.scope["query_string"],
             headers=tuple((k, v) for k, v in request.headers.raw),
             body=await request.body(),

@@ -54,7 +54,7 @@ class ServeOptions(BaseModel):
     gpus_per_replica: float | None = Field(
         None, ge=0, description="Default: as many as tensor parallelism takes if there are GPUs."
     )
-    fronts: int = Field(1, ge=1, description="HTTP processes before the engines.")
+    fronts: int = Field(2, ge=1, description="HTTP processes before the engines.")
     router: Literal["pack-aware", "power-of-two"] = Field(
         "pack-aware", description="Which engine gets a request."
     )

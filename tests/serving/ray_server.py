@@ -15,6 +15,7 @@ import aiohttp
 import httpx
 import psutil
 from known_answers import Known
+from prometheus_client.parser import text_string_to_metric_families
 
 from revmux_vllm.local_server import RAY, LocalServer
 
@@ -46,10 +47,25 @@ def processes(server: LocalServer, name: str) -> list[psutil.Process]:
     return found
 
 
-def replicas(server: LocalServer) -> set[str]:
-    """Names of the engines that answer now."""
+def replicas(server: LocalServer) -> dict[str, float]:
+    """Names of the engines that answer now, and when their processes started."""
     page = httpx.get(f"{server.base_url}/metrics", timeout=30).text
-    return {part.split('"')[1] for part in page.split("replica=")[1:]}
+    return {
+        sample.labels["replica"]: sample.value
+        for family in text_string_to_metric_families(page)
+        for sample in family.samples
+        if sample.name == "process_start_time_seconds"
+    }
+
+
+def answering(server: LocalServer) -> list[psutil.Process]:
+    """Their processes."""
+    started = replicas(server).values()
+    return [
+        process
+        for process in processes(server, ENGINE)
+        if any(abs(process.create_time() - at) < 0.05 for at in started)
+    ]
 
 
 def wait_until(holds: Callable[[], bool], seconds: float, what: str) -> float:

@@ -69,6 +69,7 @@ class Cluster:
         self.env = os.environ | {"RAY_USAGE_STATS_ENABLED": "0", "VLLM_LOGGING_LEVEL": "WARNING"}
         self.env |= dict(shlex.split(line)[0].split("=", 1) for line in lines)
         self.env |= {"RAY_ADDRESS": f"127.0.0.1:{HEAD_PORT}", "RAY_AUTH_MODE": "token"}
+        self.env["RAY_raylet_start_wait_time_s"] = "120"  # two cores for everything
         subprocess.run([BIN / "ray", "get-auth-token", "--generate"], env=self.env, check=True)
         self.base_url = f"http://127.0.0.1:{HTTP_PORT}"
         head = f"--head --port={HEAD_PORT} --dashboard-port=28265 --include-dashboard=true"
@@ -192,6 +193,7 @@ def test_a_redeployment_under_load_loses_no_answer(
 
 
 def test_a_lost_node_loses_no_answer(cluster: Cluster, folder: Path, known: Known) -> None:
+    cluster.deploy(**arguments(folder, replicas=2))
     wait_until(lambda: cluster.is_running(2), 300, "two engines")
 
     def lose_a_node() -> None:

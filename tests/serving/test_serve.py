@@ -10,7 +10,18 @@ import httpx
 import psutil
 import pytest
 from known_answers import Known, make_transparent_checkpoint
-from ray_server import CORE, ENGINE, FRONT, Client, kill, processes, replicas, serving, wait_until
+from ray_server import (
+    CORE,
+    ENGINE,
+    FRONT,
+    Client,
+    answering,
+    kill,
+    processes,
+    replicas,
+    serving,
+    wait_until,
+)
 
 from revmux_vllm.bench.metrics import parse_rung_counts
 from revmux_vllm.local_server import LocalServer
@@ -33,7 +44,7 @@ def known(folder: Path) -> Known:
 
 @pytest.fixture(scope="module")
 def server(folder: Path) -> Iterator[LocalServer]:
-    with serving(folder, "--replicas", "2", "--fronts", "2") as running:
+    with serving(folder, "--replicas", "2") as running:
         yield running
 
 
@@ -128,8 +139,35 @@ def test_a_front_that_is_killed_loses_no_answer(server: LocalServer, known: Know
 def test_a_dead_engine_is_noticed_without_a_request(server: LocalServer) -> None:
     before = replicas(server)
     kill(processes(server, CORE)[0])
-    wait_until(lambda: len(replicas(server) & before) == 1, NOTICED_S, "it is out of service")
+    wait_until(
+        lambda: len(replicas(server).keys() & before) == 1, NOTICED_S, "it is out of service"
+    )
     wait_until(lambda: len(replicas(server)) == 2, 180, "another in its place")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(5400)
+def test_ten_thousand_requests_while_a_replica_is_killed_every_5_s(
+    server: LocalServer, known: Known
+) -> None:
+    """Of those that answer: an engine takes longer than 5 s to start, and then it gets its 5 s."""
+    client, num_killed = Client(server, known), 0
+
+    async def killer() -> None:
+        nonlocal num_killed
+        while True:
+            while not (ready := await asyncio.to_thread(answering, server)):
+                await asyncio.sleep(0.5)
+            await asyncio.sleep(5.0)
+            kill(random.choice(ready))
+            num_killed += 1
+            print(f"{num_killed} killed, {sum(client.statuses.values())} answered")
+
+    asyncio.run(client.ask_all(10_000, 64, beside=killer))
+    assert num_killed > 3
+    assert client.statuses == {200: 10_000}
+    assert client.wrong == []
+    wait_until(lambda: len(replicas(server)) == 2, 180, "two engines that answer")
 
 
 @pytest.mark.parametrize("victim", [pytest.param(CORE, marks=pytest.mark.slow), ENGINE])
