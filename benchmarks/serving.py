@@ -27,6 +27,7 @@ from typing import Annotated, Any
 
 import aiohttp
 import httpx
+import psutil
 import typer
 from rich.console import Console
 from rich.progress import Progress
@@ -214,6 +215,9 @@ def replicas(
     lengths: LengthsMix = "texts",
     texts: Annotated[int, typer.Option(help="Texts of a burst.")] = 2048,
     per_request: Annotated[int, typer.Option(help="Texts of a request.")] = 64,
+    pin: Annotated[
+        bool, typer.Option("--pin", help="Keep every engine to one core, as on a machine of one.")
+    ] = False,
     rounds: Rounds = 5,
     output: Output = None,
 ) -> None:
@@ -221,12 +225,29 @@ def replicas(
     sent = texts_of(model, lengths)
     common = {"model": model, "vllm_args": vllm_args, "cpus_per_replica": 0.5}
     with applications(one=common, two=common | {"replicas": 2}) as urls:
+        if pin:
+            for name in urls:
+                _pin(name)
         callers = {name: Caller(url, model, sent) for name, url in urls.items()}
         bursts = {
             name: lambda caller=caller: caller.burst(texts, 16, per_request)
             for name, caller in callers.items()
         }
         report(f"{model}: {per_request} texts a request", alternate(bursts, rounds), output)
+
+
+def _pin(name: str) -> None:
+    """Each engine of an application, and all its processes, to the next core."""
+    engines = [
+        process
+        for process in psutil.Process().children(recursive=True)
+        if process.name().startswith("ray::") and f":{name}:Engine" in " ".join(process.cmdline())
+    ]
+    for core, engine in enumerate(engines):
+        for process in [engine, *engine.children(recursive=True)]:
+            for thread in process.threads():
+                os.sched_setaffinity(thread.id, {core % (os.cpu_count() or 1)})
+    console.print(f"{name}: {len(engines)} engines kept to a core each")
 
 
 @app.command()

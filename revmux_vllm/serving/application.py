@@ -57,7 +57,7 @@ def app(options: ServeOptions) -> serve.Application:
     Raises:
         ValueError: if the model is none that can be served, or vLLM does not know an option.
     """
-    model, served_name = locate(options.model)
+    model, served_name = locate(options.model, options.vllm_args)
     args = parse_arguments(model, served_name, options.vllm_args)
     if not ray.is_initialized():
         prepare_environment()

@@ -1,6 +1,7 @@
 """What the Ray Serve application is asked to do, checked before anything starts."""
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -115,16 +116,18 @@ def read_options(values: dict[str, Any]) -> ServeOptions:
         raise ValueError("\n".join(problems)) from None
 
 
-def locate(model: str) -> tuple[str, str]:
+def locate(model: str, vllm_args: Sequence[str] = ()) -> tuple[str, str]:
     """What engines are to load, and the name that clients call it by.
 
-    A folder becomes absolute, because engines run elsewhere; other names stay.
+    A folder becomes absolute, because engines run elsewhere; other names stay. With
+    ``--load-format dummy`` among ``vllm_args`` it needs no weights.
 
     Raises:
         ValueError: if there is no such model, or it is no RevMUX checkpoint.
     """
     if Path(model).is_dir():
-        checkpoint.validate(model)
+        is_dummy = "dummy" in " ".join(vllm_args).replace("=", " ").split()
+        (checkpoint.read_config if is_dummy else checkpoint.validate)(model)
         return str(Path(model).resolve()), model
     if model in bundled.bundled_checkpoints():
         return model, model
