@@ -5,7 +5,9 @@ import json
 import logging
 import os
 import time
-from contextlib import AsyncExitStack
+from collections.abc import Iterator
+from contextlib import AsyncExitStack, contextmanager
+from logging.handlers import MemoryHandler
 from typing import Any
 
 from revmux_vllm.serving.messages import HttpRequest, HttpResponse, Work
@@ -37,10 +39,14 @@ class EngineReplica:
     async def __init__(  # type: ignore[misc]
         self, model: str, served_name: str, vllm_args: list[str], threads: int
     ) -> None:
+        await asyncio.sleep(0)  # Serve's question where the log is comes first
         _compute_with(threads)
-        args = parse_arguments(model, served_name, vllm_args)
-        self._stack = AsyncExitStack()
-        self._engine, self._app = await self._stack.enter_async_context(running_app(args))
+        with _serve_log_kept():
+            import vllm.logger  # noqa: F401
+        with _serve_log_kept():
+            args = parse_arguments(model, served_name, vllm_args)
+            self._stack = AsyncExitStack()
+            self._engine, self._app = await self._stack.enter_async_context(running_app(args))
         horizon_s = _horizon_s(self._engine)
         self._chars = 0
         self._under_way = 0
@@ -125,6 +131,22 @@ class EngineReplica:
         logger.error("the engine has died, so this replica leaves")
         await asyncio.sleep(WATCH_S)  # for the answers that say so
         os._exit(DEAD_ENGINE)
+
+
+@contextmanager
+def _serve_log_kept() -> Iterator[None]:
+    """vLLM's ``logging.config.dictConfig`` closes every handler that there is, Serve's too.
+
+    Then the replica's log is lost, and Serve, which asks for the name of its file, takes the
+    replica for failed (``'NoneType' object has no attribute 'baseFilename'``).
+    """
+    buffers = [h for h in logger.handlers if isinstance(h, MemoryHandler)]
+    targets = [handler.target for handler in buffers]
+    try:
+        yield
+    finally:
+        for handler, target in zip(buffers, targets, strict=True):
+            handler.setTarget(target)
 
 
 def _compute_with(threads: int) -> None:
