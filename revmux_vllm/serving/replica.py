@@ -5,8 +5,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator
-from contextlib import AsyncExitStack, contextmanager
+from contextlib import AsyncExitStack
 from logging.handlers import MemoryHandler
 from typing import Any
 
@@ -39,14 +38,11 @@ class EngineReplica:
     async def __init__(  # type: ignore[misc]
         self, model: str, served_name: str, vllm_args: list[str], threads: int
     ) -> None:
-        await asyncio.sleep(0)  # Serve's question where the log is comes first
         _compute_with(threads)
-        with _serve_log_kept():
-            import vllm.logger  # noqa: F401
-        with _serve_log_kept():
-            args = parse_arguments(model, served_name, vllm_args)
-            self._stack = AsyncExitStack()
-            self._engine, self._app = await self._stack.enter_async_context(running_app(args))
+        _keep_serve_log()
+        args = parse_arguments(model, served_name, vllm_args)
+        self._stack = AsyncExitStack()
+        self._engine, self._app = await self._stack.enter_async_context(running_app(args))
         horizon_s = _horizon_s(self._engine)
         self._chars = 0
         self._under_way = 0
@@ -133,20 +129,15 @@ class EngineReplica:
         os._exit(DEAD_ENGINE)
 
 
-@contextmanager
-def _serve_log_kept() -> Iterator[None]:
+def _keep_serve_log() -> None:
     """vLLM's ``logging.config.dictConfig`` closes every handler that there is, Serve's too.
 
-    Then the replica's log is lost, and Serve, which asks for the name of its file, takes the
-    replica for failed (``'NoneType' object has no attribute 'baseFilename'``).
+    Then the replica's log is lost, and Serve, which asks for the name of its file at some time in
+    the start, takes the replica for failed (``'NoneType' object has no attribute 'baseFilename'``).
     """
-    buffers = [h for h in logger.handlers if isinstance(h, MemoryHandler)]
-    targets = [handler.target for handler in buffers]
-    try:
-        yield
-    finally:
-        for handler, target in zip(buffers, targets, strict=True):
-            handler.setTarget(target)
+    for handler in logger.handlers:
+        if isinstance(handler, MemoryHandler):
+            handler.close = handler.flush  # type: ignore[method-assign]
 
 
 def _compute_with(threads: int) -> None:

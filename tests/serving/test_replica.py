@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from revmux_vllm.serving.messages import HttpRequest
-from revmux_vllm.serving.replica import _serve_log_kept
+from revmux_vllm.serving.replica import _keep_serve_log
 from revmux_vllm.serving.vllm_app import call
 
 
@@ -18,9 +18,8 @@ def test_serves_log_outlives_vllms_configuration(tmp_path: Path) -> None:
     logger = logging.getLogger("ray.serve")
     logger.addHandler(buffer)
     try:
-        with _serve_log_kept():
-            logging.config.dictConfig({"version": 1, "disable_existing_loggers": False})
-            assert buffer.target is None, "no need to keep it any more"
+        _keep_serve_log()
+        logging.config.dictConfig({"version": 1, "disable_existing_loggers": False})
         assert buffer.target is file
         logger.error("still here")
         buffer.flush()
