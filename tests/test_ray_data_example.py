@@ -1,0 +1,345 @@
+"""The Ray Data example: partitions, parts and what is refused, without Ray; then all of it."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+pytest.importorskip("ray")
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray_data_classify as example
+import typer
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+SCRIPT = EXAMPLES / "ray_data_classify.py"
+SENTENCES = (EXAMPLES / "sentences.txt").read_text(encoding="utf-8").splitlines()
+POSITIVE = "A warm, funny and beautifully acted film that I would gladly watch again."
+NEGATIVE = "The plot makes no sense and the jokes are painfully dull."
+NO_TEXTS = [None, "", " \n\u3000"]
+ANSWERS = ["label", "probability", "probs"]
+
+
+def write(path: Path, texts: list[str | None], row_group: int | None = None, **more: Any) -> Path:
+    table = pa.table({"id": list(range(len(texts))), "text": pa.array(texts, pa.string()), **more})
+    pq.write_table(table, path, row_group_size=row_group)
+    return path
+
+
+def numbers(count: int) -> list[str]:
+    return [f"text {i}" for i in range(count)]
+
+
+def a_run(**changes: Any) -> example.Run:
+    values = dict(
+        input="in", rows=10, num_bytes=99, model="m", text_column="text", rows_per_partition=4
+    )
+    return example.Run(**{**values, "prefix": "", **changes})
+
+
+def invoke(*arguments: Any) -> tuple[int, str]:
+    """Exit status and what the command says, without line breaks."""
+    app = typer.Typer()
+    app.command()(example.main)
+    result = CliRunner().invoke(app, [str(one) for one in arguments])
+    return result.exit_code, " ".join(result.output.split())
+
+
+@given(st.lists(st.integers(0, 30), max_size=6), st.integers(1, 12))
+def test_partitions_cover_every_row_once_and_in_order(counts: list[int], size: int) -> None:
+    partitions = example.plan([(str(i), rows) for i, rows in enumerate(counts)], size)
+    rows = [
+        (one.path, row)
+        for partition in partitions
+        for one in partition.slices
+        for row in range(one.start, one.stop)
+    ]
+    assert rows == [(str(i), row) for i, count in enumerate(counts) for row in range(count)]
+    assert [partition.index for partition in partitions] == list(range(len(partitions)))
+    assert all(partition.rows == size for partition in partitions[:-1])
+
+
+@pytest.mark.parametrize("row_group", [1, 3, 7, 100])
+def test_rows_are_read_across_row_groups_and_batches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, row_group: int
+) -> None:
+    monkeypatch.setattr(example, "BATCH_ROWS", 4)
+    path = write(tmp_path / "a.parquet", numbers(25), row_group)
+    for start, stop in ((0, 25), (0, 1), (5, 6), (6, 21), (24, 25)):
+        table = example.read_rows(example.Slice(str(path), start, stop))
+        assert table["id"].to_pylist() == list(range(start, stop))
+
+
+def test_files_of_a_folder_are_read_by_name(tmp_path: Path) -> None:
+    for name in ("b.parquet", "a.parquet", "_c.parquet", ".d.parquet", "e.csv"):
+        write(tmp_path / name, numbers(1))
+    assert [path.name for path in example.find_files(tmp_path)] == ["a.parquet", "b.parquet"]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())],
+)
+def test_texts_of_any_kind_of_column(tmp_path: Path, kind: pa.DataType) -> None:
+    texts = pa.array(["one", None, "", "\t", "two"]).cast(kind)
+    pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet")
+    example.count_rows([tmp_path / "a.parquet"], "text", ANSWERS)
+    table = example.read_rows(example.Slice(str(tmp_path / "a.parquet"), 0, 5))
+    assert example.texts_of(table["text"]) == ["one", None, None, None, "two"]
+
+
+def test_bytes_that_are_no_utf8_do_not_end_a_run() -> None:
+    column = pa.chunked_array([pa.array([b"fine \xff"]).view(pa.string())])
+    assert example.texts_of(column) == ["fine \ufffd"]
+
+
+def test_answers_stand_beside_their_rows() -> None:
+    table = pa.table({"text": ["a", None, "b"]})
+    probs = [[0.25, 0.75], None, [0.5, 0.25]]
+    answered = example.with_answers(table, probs, {0: "no", 1: "yes"}, ANSWERS)
+    assert answered["label"].to_pylist() == ["yes", None, "no"]
+    assert answered["probability"].to_pylist() == [0.75, None, 0.5]
+    assert answered["probs"].to_pylist() == probs
+
+
+def test_a_part_is_there_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    partition = example.Partition(3, [example.Slice("in", 0, 2)])
+    path = partition.part(tmp_path)
+    assert path.name == "part-00003.parquet"
+    assert not example.is_done(partition, tmp_path)
+
+    def fail_after_some_bytes(table: pa.Table, file: Any) -> None:
+        file.write(b"PAR1")
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(example.pq, "write_table", fail_after_some_bytes)
+        with pytest.raises(OSError, match="disk full"):
+            example.write_whole(pa.table({"text": ["a", "b"]}), path)
+    assert list(tmp_path.iterdir()) == []
+    example.write_whole(pa.table({"text": ["a", "b"]}), path)
+    assert example.is_done(partition, tmp_path)
+    path.write_bytes(path.read_bytes()[:-7])
+    assert not example.is_done(partition, tmp_path), "cut off"
+    example.write_whole(pa.table({"text": ["a"]}), path)
+    assert not example.is_done(partition, tmp_path), "a row is missing"
+
+
+def test_a_folder_is_taken_up_again_by_the_same_run(tmp_path: Path) -> None:
+    output = tmp_path / "new" / "out"
+    with example.claimed(output, a_run()):
+        assert json.loads((output / "run.json").read_text())["rows"] == 10
+        (output / ".part-00001.0f.tmp").touch()
+    with example.claimed(output, a_run()):
+        assert not (output / ".part-00001.0f.tmp").exists(), "left over"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"rows_per_partition": 5}, "rows_per_partition 4 there, 5 now"),
+        ({"model": "other"}, "model 'm' there, 'other' now"),
+        ({"input": "else", "num_bytes": 7}, "input 'in' there, 'else' now; num_bytes 99 there, 7"),
+    ],
+)
+def test_a_folder_of_another_run_is_refused(
+    tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:
+    with example.claimed(tmp_path, a_run()):
+        pass
+    with (
+        pytest.raises(ValueError, match=rf"{said}.*Choose another folder"),
+        example.claimed(tmp_path, a_run(**changes)),
+    ):
+        pass
+
+
+def test_parts_of_nobody_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "part-00000.parquet").touch()
+    with (
+        pytest.raises(ValueError, match=r"no run\.json; choose another folder"),
+        example.claimed(tmp_path, a_run()),
+    ):
+        pass
+
+
+def test_two_runs_do_not_write_to_one_folder(tmp_path: Path) -> None:
+    with (
+        example.claimed(tmp_path, a_run()),
+        pytest.raises(ValueError, match="another run"),
+        example.claimed(tmp_path, a_run()),
+    ):
+        pass
+    with example.claimed(tmp_path, a_run()):
+        pass
+
+
+def empty_folder(root: Path) -> Path:
+    return root
+
+
+def not_parquet(root: Path) -> Path:
+    (root / "rows.csv").write_text("text\nhello\n")
+    return root / "rows.csv"
+
+
+def without_text(root: Path) -> Path:
+    pq.write_table(pa.table({"body": ["a"], "id": [1]}), root / "a.parquet")
+    return root / "a.parquet"
+
+
+def number_as_text(root: Path) -> Path:
+    pq.write_table(pa.table({"text": [1]}), root / "a.parquet")
+    return root / "a.parquet"
+
+
+def with_label(root: Path) -> Path:
+    return write(root / "a.parquet", ["a"], label=["positive"])
+
+
+def of_two_kinds(root: Path) -> Path:
+    write(root / "a.parquet", ["a"])
+    write(root / "b.parquet", ["a"], stars=[5])
+    return root
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda root: root / "nowhere.parquet", "no such file or folder"),
+        (empty_folder, "no *.parquet file lies directly in this folder"),
+        (not_parquet, "not a Parquet file"),
+        (without_text, "no column 'text'; --text-column names one of: body, id"),
+        (number_as_text, "column 'text' holds int64, not texts"),
+        (with_label, "`--prefix answer_`"),
+        (of_two_kinds, "b.parquet: its columns (id, text, stars)"),
+    ],
+)
+def test_input_that_cannot_be_read_is_refused_with_the_cure(
+    tmp_path: Path, make: Callable[[Path], Path], said: str
+) -> None:
+    status, output = invoke(make(tmp_path), tmp_path / "out")
+    assert (status, said in output) == (2, True), output
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--llm-args", "dtype=float32"], "not JSON"),
+        (["--llm-args", "[]"], "expected a JSON object"),
+        (["--llm-args", '{"model": "x"}'], "--model names"),
+        (["--model", "no-such-model"], "bundled: revmux-llama"),
+    ],
+)
+def test_options_that_mean_nothing_are_refused(
+    tmp_path: Path, options: list[str], said: str
+) -> None:
+    source = write(tmp_path / "a.parquet", numbers(3))
+    status, output = invoke(source, tmp_path / "out", *options)
+    assert (status, said in output) == (2, True), output
+
+
+def test_output_is_not_input(tmp_path: Path) -> None:
+    write(tmp_path / "a.parquet", numbers(3))
+    status, output = invoke(tmp_path, tmp_path)
+    assert (status, "choose another" in output) == (2, True), output
+
+
+def test_without_ray_the_cure_is_named() -> None:
+    code = "import sys; sys.modules['ray'] = None; import ray_data_classify"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=EXAMPLES, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 1
+    assert "pip install -e '.[ray]'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("resources", "llm_args", "gpus"),
+    [
+        ({"CPU": 2.0}, {}, 0),
+        ({"CPU": 2.0, "GPU": 2.0}, {}, 1),
+        ({"CPU": 2.0, "GPU": 4.0}, {"tensor_parallel_size": 2}, 2),
+    ],
+)
+def test_an_engine_takes_gpus_if_there_are_any(
+    resources: dict[str, float], llm_args: dict[str, Any], gpus: int
+) -> None:
+    assert example.Engines(2, 1.0, llm_args, None).gpus(resources) == gpus
+
+
+@pytest.mark.parametrize("resources", [{"CPU": 1.0}, {"CPU": 2.0, "GPU": 1.0}])
+def test_a_cluster_without_room_is_refused(resources: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=r"--replicas 2: 2 (CPU|GPU)s are needed at 1 each"):
+        example.Engines(2, 1.0, {}, None).gpus(resources)
+
+
+def run_example(source: Path, output: Path, *options: str) -> dict[str, Any]:
+    """The script as a user runs it; its summary."""
+    eager = json.dumps({"enforce_eager": True})
+    command = [sys.executable, str(SCRIPT), str(source), str(output), "--llm-args", eager, "--json"]
+    env = os.environ | {"RAY_USAGE_STATS_ENABLED": "0"}
+    done = subprocess.run(
+        [*command, *options], env=env, capture_output=True, text=True, timeout=500
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+@pytest.mark.slow
+def test_a_folder_of_files_is_classified_and_a_run_is_resumed(tmp_path: Path) -> None:
+    texts = [POSITIVE, NEGATIVE, *NO_TEXTS, "good " * 3000, *SENTENCES]
+    source, output = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    write(source / "a.parquet", texts[:150], row_group=64)
+    write(source / "b.parquet", texts[150:])
+
+    summary = run_example(source, output, "--rows-per-partition", "60")
+    parts = sorted(output.glob("part-*.parquet"))
+    assert [path.name for path in parts] == [f"part-{i:05d}.parquet" for i in range(6)]
+    table = pa.concat_tables(pq.read_table(path) for path in parts)
+    assert table.column_names == ["id", "text", *ANSWERS]
+    assert table["text"].to_pylist() == texts
+    labels = table["label"].to_pylist()
+    assert labels[:6] == ["positive", "negative", None, None, None, "positive"]
+    for label, probability, probs in zip(
+        *(table[name].to_pylist() for name in ANSWERS), strict=True
+    ):
+        assert (label is None) == (probs is None)
+        if probs is not None:
+            assert probability == max(probs)
+            assert label == ("negative", "positive")[probs.index(probability)]
+    assert (summary["rows"], summary["partitions"], summary["no_text"]) == (len(texts), 6, 3)
+    assert summary["texts_at_full_length"] == 1
+    assert summary["partitions_skipped"] == 0
+    assert summary["labels"] == {name: labels.count(name) for name in ("positive", "negative")}
+
+    before = {path.name: path.stat().st_mtime_ns for path in parts}
+    for path in (parts[1], parts[4]):
+        path.unlink()
+    again = run_example(source, output, "--rows-per-partition", "60")
+    after = {path.name: path.stat().st_mtime_ns for path in sorted(output.glob("part-*.parquet"))}
+    assert list(before) == list(after)
+    assert {name for name in before if before[name] != after[name]} == {
+        parts[1].name,
+        parts[4].name,
+    }
+    assert (again["partitions_skipped"], again["rows_classified"]) == (4, 120)
+    assert sum(again["labels"].values()) == len(texts) - 3
+
+    nothing = run_example(source, output, "--rows-per-partition", "60")
+    assert (nothing["partitions_skipped"], nothing["rows_classified"]) == (6, 0)
+    assert nothing["labels"] == again["labels"]

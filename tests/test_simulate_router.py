@@ -1,0 +1,131 @@
+"""The simulation of routers: small clusters, and what it says of itself."""
+
+import json
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import simulate_router as simulation  # noqa: E402
+from simulate_router import Calibration, PackAware, Request, Setting, Simulation  # noqa: E402
+
+from revmux_vllm.serving.messages import Work  # noqa: E402
+
+BASE = Setting(replicas=4)
+
+
+def test_the_engine_is_the_measured_one() -> None:
+    costs = Calibration().costs()
+    assert costs.seconds(32, 32) == pytest.approx(0.142, rel=0.02), "one request at light load"
+    alone = costs.tokens_per_s(1, 2048)
+    assert alone / 32 == pytest.approx(9.9, rel=0.02), "plain vLLM's burst"
+    assert Calibration().tokens_per_s / alone == pytest.approx(2.27, rel=0.02)
+
+
+@pytest.mark.parametrize("router", simulation.STYLES)
+def test_every_request_is_answered_once(router: str) -> None:
+    simulated = Simulation(replace(BASE, router=router, fronts=2, tenants=0.3))
+    answered: list[Request] = []
+    answer = simulated._answer
+
+    def counted(now: float, request: Request) -> None:
+        answered.append(request)
+        answer(now, request)
+
+    simulated._answer = counted  # type: ignore[method-assign]
+    tally = simulated.run()
+    traffic, expected = simulation.Traffic(simulated.setting), 0
+    while traffic.next():
+        expected += 1
+    assert len(answered) == len(set(map(id, answered))) == expected
+    assert all(not engine.under_way for engine in simulated.engines)
+    assert min(tally.latencies_s) > 2 * BASE.delay_s
+    for each in simulated.routers:
+        if isinstance(each, PackAware):
+            assert all(load.chars == 0 == load.kinds.total() for load in each.loads)
+
+
+def test_the_same_traffic_and_seed_give_the_same_numbers() -> None:
+    def measured(setting: Setting) -> dict[str, object]:
+        return simulation.measure(setting) | {"wall_s": None}
+
+    assert measured(BASE) == measured(BASE)
+    assert measured(BASE) != measured(replace(BASE, seed=1))
+    others = [replace(BASE, router=router) for router in simulation.STYLES]
+    assert len({simulation.measure(setting)["requests"] for setting in others}) == 1
+
+
+def test_one_replica_is_the_same_for_every_router() -> None:
+    alone = replace(BASE, replicas=1)
+    rows = [simulation.measure(replace(alone, router=name)) for name in simulation.STYLES]
+    assert len({(row["p99_ms"], row["width"]) for row in rows}) == 1
+
+
+def test_light_load_is_answered_by_the_backbone() -> None:
+    row = simulation.measure(replace(BASE, router="power-of-two", load=0.03, shape=1.0, peak=1.0))
+    assert row["width"] < 1.05
+    assert row["p50_ms"] == pytest.approx(170, rel=0.3)
+    assert row["throughput_per_s"] == pytest.approx(row["offered_per_s"], rel=0.1)
+
+
+def test_packing_is_wider_and_computes_less() -> None:
+    packed = simulation.measure(replace(BASE, load=0.3, fill_s=0.5))
+    rival = simulation.measure(replace(BASE, load=0.3, router="power-of-two"))
+    assert packed["width"] > 1.2 * rival["width"]
+    assert packed["busy"] < rival["busy"]
+
+
+def request(replica: int, tokens: int = 10) -> Request:
+    return Request(0.0, tokens, Work(4 * tokens, 6), front=0, replica=replica)
+
+
+def test_the_books_are_those_of_the_router() -> None:
+    books = PackAware(2, chars_per_s=100.0, fill_s=1.0)
+    first = request(0)
+    books.on_send(first, 0.0)
+    assert books.loads[0].elsewhere == 0
+    books.on_accept(first, 4, 0.1)
+    assert books.loads[0].elsewhere == 3 * 40, "as long as the own ones"
+    books.on_answer(first, 0.2)
+    assert books.loads[0].elsewhere > 0, "the others are still there"
+    books.choose(first.work, 10.1)
+    assert books.loads[0].elsewhere > 0
+    books.choose(first.work, 10.3)
+    assert books.loads[0].elsewhere == 0, "Ray forgets after ten seconds"
+
+
+def test_what_was_copied_from_the_scheduler() -> None:
+    source = (ROOT / "revmux_vllm/engine/scheduler.py").read_text()
+    assert f"\nRATE_HORIZONS = {simulation.RATE_HORIZONS}\n" in source
+
+
+def test_command(tmp_path: Path) -> None:
+    import typer
+
+    calibration, report, picture = (tmp_path / name for name in ("c.json", "r.json", "p.png"))
+    calibration.write_text(json.dumps(asdict(Calibration(rungs=("mux:2", "merge:2")))))
+    words = ["--replicas", "1,3", "--seconds", "30", "--load", "0.3"]
+    words += ["--calibrate", str(calibration), "--output", str(report), "--plot", str(picture)]
+    app = typer.Typer()
+    app.command()(simulation.main)
+    done = CliRunner().invoke(app, [*words, "--json"])
+    assert done.exit_code == 0, done.output
+    points = json.loads(done.stdout)["points"]
+    assert points == json.loads(report.read_text())["points"]
+    assert [point["replicas"] for point in points] == [1, 1, 1, 3, 3, 3]
+    assert picture.stat().st_size > 10_000
+    calibration.write_text('{"layers": 12}')
+    for wrong, message in (
+        (["--calibrate", str(calibration)], "expected the keys layers, max_requests"),
+        (["--replicas", "1,none"], "expected positive integers, found 'none'"),
+        (["--routers", "random"], "expected some of pack-aware"),
+        (["--plot", "x.txt"], "expected a file ending in"),
+    ):
+        done = CliRunner().invoke(app, wrong)
+        assert done.exit_code == 2
+        assert message in " ".join(done.stderr.split())
