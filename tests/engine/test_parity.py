@@ -67,6 +67,10 @@ ALL = f"{MUX},{MERGE},{BOTH},exit"
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "bert", "roberta"]
 
 
+SLOW_BERT = pytest.param("bert", marks=pytest.mark.slow)
+SLOW_TIED = pytest.param("llama-tied", marks=pytest.mark.slow)
+
+
 def all_but(*slow: str) -> list[Any]:
     """Every family; ``slow`` ones, which differ in a name or two from one that runs, are marked."""
     marks = {family: [pytest.mark.slow] for family in slow}
@@ -101,7 +105,9 @@ def test_compiled(family: str, tmp_path: Path, make_engine: Callable[..., Record
         check(engine, reference, kind)
 
 
-@pytest.mark.parametrize("family", ["t5", "t5-v1.1", "llama", "llama-tied"])
+@pytest.mark.parametrize(
+    "family", ["t5", pytest.param("t5-v1.1", marks=pytest.mark.slow), "llama", SLOW_TIED]
+)
 def test_label_words(
     family: str, tmp_path: Path, make_engine: Callable[..., RecordingEngine]
 ) -> None:
@@ -143,7 +149,7 @@ def test_a_bundled_backbone_in_shards(
     check(make_engine(folder), reference_of(folder), MUX)
 
 
-@pytest.mark.parametrize("family", ["llama", "bert", "t5"])
+@pytest.mark.parametrize("family", ["llama", SLOW_BERT, "t5"])
 def test_merged_answers_do_not_depend_on_company(
     family: str, tmp_path: Path, make_engine: Callable[..., RecordingEngine]
 ) -> None:
@@ -175,7 +181,7 @@ def reference(tiny_checkpoint: Path) -> Reference:
     return reference_of(tiny_checkpoint)
 
 
-@pytest.mark.parametrize("family", ["llama", "bert"])
+@pytest.mark.parametrize("family", ["llama", SLOW_BERT])
 def test_tensor_parallel(
     family: str,
     tmp_path: Path,
