@@ -28,11 +28,12 @@ import fcntl
 import json
 import logging
 import os
+import sys
 import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -598,7 +599,8 @@ def main(
         run, partitions = describe(source, model, text_column, rows_per_partition, prefix)
         engines = Engines(replicas, cpus_per_replica, arguments, address)
         try:
-            with claimed(output, run):
+            # Ray prints on standard output what becomes of its processes.
+            with claimed(output, run), redirect_stdout(sys.stderr):
                 summary = work(run, partitions, output.resolve(), engines, console)
         except KeyboardInterrupt:
             fail("interrupted; the same command goes on where this one ended")

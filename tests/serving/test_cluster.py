@@ -152,7 +152,7 @@ def ask_while(cluster: Any, known: Known, happens: Callable[[], Any], least: int
     async def story() -> None:
         task = asyncio.create_task(asyncio.to_thread(happens))
         while not task.done() or sum(client.statuses.values()) < least:
-            await client.ask_all(100, 16)
+            await client.ask_all(100, 6)
         await task
 
     asyncio.run(story())
