@@ -1,5 +1,6 @@
 """The Ray Serve application: fronts, and engines behind them."""
 
+import math
 import os
 from importlib.util import find_spec
 from typing import Any
@@ -78,6 +79,7 @@ def app(options: ServeOptions) -> serve.Application:
     )
     fronts = serve.deployment(Front, name=FRONT).options(
         num_replicas=options.fronts,
+        max_replicas_per_node=_fronts_per_node(options.fronts),
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=100_000,
         graceful_shutdown_timeout_s=options.drain_s,
@@ -102,6 +104,12 @@ def _scale(options: ServeOptions) -> dict[str, Any]:
             ),
         )
     }
+
+
+def _fronts_per_node(fronts: int) -> int | None:
+    """Spread them, or one lost node may take all; Serve would put them anywhere."""
+    num_nodes = sum(node["Alive"] for node in ray.nodes()) if ray.is_initialized() else 1
+    return math.ceil(fronts / num_nodes) if num_nodes > 1 else None
 
 
 def _router(options: ServeOptions) -> RequestRouterConfig:

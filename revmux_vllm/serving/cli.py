@@ -101,14 +101,16 @@ def _run(options: Any, host: str, port: int, address: str | None) -> None:
         # Nothing else stands before these fronts that would have to learn that they leave.
         os.environ.setdefault("RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S", DRAIN_OF_LOCAL_S)
         prepare_environment()
-    console = make_console(stderr=True)
-    with console.status(f"{options.model}: checking it and the options"):
-        application = app(options)
-
     import ray
     from ray import serve
 
-    ray.init(address=address or "local", namespace="serve", logging_level="WARNING")
+    console = make_console(stderr=True)
+    if address is not None:
+        ray.init(address=address, namespace="serve", logging_level="WARNING")
+    with console.status(f"{options.model}: checking it and the options"):
+        application = app(options)
+    if address is None:
+        ray.init(address="local", namespace="serve", logging_level="WARNING")
     try:
         _check_room(options, ray.cluster_resources())
         serve.start(http_options={"host": host, "port": port})
