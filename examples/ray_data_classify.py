@@ -35,6 +35,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass
+from itertools import dropwhile
 from pathlib import Path
 from typing import Annotated, Any
 from uuid import uuid4
@@ -381,8 +382,8 @@ def classify(
     """
     # Each run would begin with a line on arguments of actors, which are Ray Data's own and kept.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    for name in ("progress", "execution.streaming_executor"):
-        logging.getLogger(f"ray.data._internal.{name}").setLevel(logging.ERROR)
+    for name in ("_internal.progress", "_internal.execution.streaming_executor", "exceptions"):
+        logging.getLogger(f"ray.data.{name}").setLevel(logging.CRITICAL)
     # Without the workers' logs, which would land on standard output.
     ray.init(engines.address or "local", logging_level="ERROR", log_to_driver=False)
     try:
@@ -410,13 +411,22 @@ def classify(
             for values in zip(*(column.tolist() for column in batch.values()), strict=True):
                 yield dict(zip(batch, values, strict=True))
     except ray.exceptions.RayError as error:
-        last = next(line for line in reversed(str(error).splitlines()) if line.strip())
         raise ValueError(
-            f"a worker failed: {last.strip()} (its log is one of worker-*.err in "
-            "/tmp/ray/session_latest/logs of its machine). The parts that are done stay"
+            f"a worker failed: {said_last(str(error))}\nThe logs of workers are worker-*.err in "
+            "/tmp/ray/session_latest/logs of their machines. The parts that are done stay: the same "
+            "command goes on, with other --llm-args too"
         ) from error
     finally:
         ray.shutdown()
+
+
+def said_last(text: str) -> str:
+    """The message that a traceback ends with, or all of a text that has none."""
+    lines = text.strip().splitlines()
+    for i in range(len(lines) - 1, -1, -1):
+        if lines[i].startswith('  File "'):
+            return "\n".join(dropwhile(lambda line: line.startswith(" "), lines[i + 1 :]))
+    return text.strip()
 
 
 class Watch:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
@@ -54,6 +54,7 @@ def invoke(*arguments: Any) -> tuple[int, str]:
     return result.exit_code, " ".join(result.output.split())
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 30), max_size=6), st.integers(1, 12))
 def test_partitions_cover_every_row_once_and_in_order(counts: list[int], size: int) -> None:
     partitions = example.plan([(str(i), rows) for i, rows in enumerate(counts)], size)

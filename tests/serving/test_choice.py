@@ -1,6 +1,6 @@
 """Which replica gets a request."""
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from revmux_vllm.serving.choice import Load, choose
@@ -61,6 +61,7 @@ def test_what_others_have_sent_counts() -> None:
 works = st.builds(work, st.integers(1, 500), st.sampled_from([None, "a", "b"]))
 
 
+@settings(deadline=None)
 @given(st.lists(works, max_size=60), st.integers(1, 6), st.floats(0.05, 5.0))
 def test_nobody_gets_more_than_its_fill_while_another_is_empty(
     sent: list[Work], num_replicas: int, fill_s: float
