@@ -340,21 +340,28 @@ class Classifier:
     """An engine in a worker of Ray's; called with a partition, it leaves a part in ``output``."""
 
     def __init__(self, run: Run, output: Path, llm_args: dict[str, Any], threads: int) -> None:
+        self.run, self.output, self.llm_args, self.threads = run, output, llm_args, threads
+        # Made with the first partition: Ray reports what fails in here with pages of its own.
+        self.llm: Any = None
+
+    def start_engine(self) -> Any:
         # Before vLLM is imported. On CPUs it would bind all engines of a machine to the same cores.
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
-        os.environ["OMP_NUM_THREADS"] = str(threads)
+        os.environ["OMP_NUM_THREADS"] = str(self.threads)
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        if not (output / MANIFEST).exists():
-            raise ValueError(f"{output} is not there on a worker; a file system for all is needed")
+        if not (self.output / MANIFEST).exists():
+            raise ValueError(
+                f"{self.output} of the driver is not there on a worker's machine; OUTPUT has to be "
+                "a folder that all machines have"
+            )
         from vllm import LLM
 
-        self.run, self.output = run, output
-        self.llm = LLM(model=run.model, **llm_args)
-        config = self.llm.llm_engine.model_config
-        self.labels, self.most_tokens = config.hf_config.id2label, config.max_model_len
+        return LLM(model=self.run.model, **self.llm_args)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """Counts, and when it began: what the driver shows."""
+        self.llm = self.llm or self.start_engine()
+        config = self.llm.llm_engine.model_config
         began = time.time()
         partition = Partition(row["index"], [Slice(**one) for one in row["slices"]])
         table = pa.concat_tables(read_rows(one) for one in partition.slices)
@@ -366,9 +373,9 @@ class Classifier:
         )
         answers = iter(outputs)
         probs = [None if text is None else next(answers).outputs.probs for text in texts]
-        answered = with_answers(table, probs, self.labels, self.run.answer_columns)
+        answered = with_answers(table, probs, config.hf_config.id2label, self.run.answer_columns)
         write_whole(answered, partition.part(self.output))
-        full = sum(len(output.prompt_token_ids) >= self.most_tokens for output in outputs)
+        full = sum(len(output.prompt_token_ids) == config.max_model_len for output in outputs)
         return {"rows": len(table), "full_length": full, "began": began}
 
 
@@ -382,8 +389,9 @@ def classify(
     """
     # Each run would begin with a line on arguments of actors, which are Ray Data's own and kept.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    for name in ("_internal.progress", "_internal.execution.streaming_executor", "exceptions"):
-        logging.getLogger(f"ray.data.{name}").setLevel(logging.CRITICAL)
+    for name in ("progress", "execution.streaming_executor", "execution.streaming_executor_state"):
+        logging.getLogger(f"ray.data._internal.{name}").setLevel(logging.CRITICAL)
+    logging.getLogger("ray.data.exceptions").setLevel(logging.CRITICAL)  # said once, below
     # Without the workers' logs, which would land on standard output.
     ray.init(engines.address or "local", logging_level="ERROR", log_to_driver=False)
     try:
@@ -391,6 +399,8 @@ def classify(
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = context.print_on_execution_start = False
         context.execution_no_progress_timeout_s = -1  # else a partition has half an hour at most
+        # Reading an engine's memory maps every second takes a tenth of its time.
+        context.memory_usage_poll_interval_s = None
         # Ray Data has no other way to limit retries; our extra stays below 2.64, which drops it.
         warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
         # One partition a block: blocks are what Ray hands out, repeats and reports.
@@ -413,7 +423,7 @@ def classify(
     except ray.exceptions.RayError as error:
         raise ValueError(
             f"a worker failed: {said_last(str(error))}\nThe logs of workers are worker-*.err in "
-            "/tmp/ray/session_latest/logs of their machines. The parts that are done stay: the same "
+            "/tmp/ray/session_latest/logs of their machines. Parts that are done stay: the same "
             "command goes on, with other --llm-args too"
         ) from error
     finally:
@@ -421,12 +431,11 @@ def classify(
 
 
 def said_last(text: str) -> str:
-    """The message that a traceback ends with, or all of a text that has none."""
-    lines = text.strip().splitlines()
-    for i in range(len(lines) - 1, -1, -1):
-        if lines[i].startswith('  File "'):
-            return "\n".join(dropwhile(lambda line: line.startswith(" "), lines[i + 1 :]))
-    return text.strip()
+    """The message that the innermost traceback ends with, or all of a text that has none."""
+    lines = text.strip().partition("\n\nThe above exception")[0].splitlines()
+    frames = [i for i, line in enumerate(lines) if line.startswith('  File "')]
+    start = frames[-1] + 1 if frames else 0
+    return "\n".join(dropwhile(lambda line: line.startswith("  "), lines[start:]))
 
 
 class Watch:

@@ -4,10 +4,12 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -288,19 +290,69 @@ def test_a_cluster_without_room_is_refused(resources: dict[str, float]) -> None:
         example.Engines(2, 1.0, {}, None).gpus(resources)
 
 
-def run_example(source: Path, output: Path, *options: str) -> dict[str, Any]:
-    """The script as a user runs it; its summary."""
+def test_where_all_is_done_nothing_is_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(example.ray, "init")
+    source = write(tmp_path / "a.parquet", numbers(5))
+    run, partitions = example.describe(source, "revmux-llama", "text", 3, "")
+    for partition in partitions:
+        table = example.read_rows(partition.slices[0])
+        probs = [None, *[[0.9, 0.1]] * (len(table) - 1)]
+        answered = example.with_answers(table, probs, {0: "no"}, ANSWERS)
+        example.write_whole(answered, partition.part(tmp_path))
+    status, output = invoke(source, tmp_path, "--rows-per-partition", 3)
+    assert (status, "has parts, but no run.json" in output) == (2, True), output
+    with example.claimed(tmp_path / "out", run):
+        for partition in partitions:
+            partition.part(tmp_path).rename(partition.part(tmp_path / "out"))
+    status, output = invoke(source, tmp_path / "out", "--rows-per-partition", 3)
+    assert status == 0
+    assert "2 of 2 partitions are there already: skipped" in output
+    assert "5 rows in" in output
+    assert "no │ 3" in output
+
+
+def test_of_a_workers_traceback_the_cause_is_said() -> None:
+    text = """ray::MapWorker.submit() (pid=7)
+  File "worker.py", line 3, in call
+    self.llm = start()
+               ^^^^^^^
+ValueError: no room
+--max-model-len is the cure
+
+The above exception was the direct cause of the following exception:
+
+ray.exceptions.UserCodeException: UDF failed to process a data block."""
+    assert example.said_last(text) == "ValueError: no room\n--max-model-len is the cure"
+    assert example.said_last("The actor died.\n\tactor_id: 5\n") == "The actor died.\n\tactor_id: 5"
+
+
+def start_example(source: Path, output: Path, rows_per_partition: int) -> subprocess.Popen[str]:
+    """The script as a user runs it."""
     eager = json.dumps({"enforce_eager": True})
-    command = [sys.executable, str(SCRIPT), str(source), str(output), "--llm-args", eager, "--json"]
+    command = [sys.executable, str(SCRIPT), str(source), str(output), "--llm-args", eager]
+    command += ["--rows-per-partition", str(rows_per_partition), "--json"]
     env = os.environ | {"RAY_USAGE_STATS_ENABLED": "0"}
-    done = subprocess.run(
-        [*command, *options], env=env, capture_output=True, text=True, timeout=500
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout)
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, env=env, stdout=pipe, stderr=pipe, text=True)
 
 
-@pytest.mark.slow
+def summary_of(process: subprocess.Popen[str]) -> dict[str, Any]:
+    """All that it wrote on standard output, once it has ended."""
+    try:
+        stdout, stderr = process.communicate(timeout=400)
+    finally:
+        process.terminate()
+    assert process.returncode == 0, stderr[-3000:]
+    return json.loads(stdout)
+
+
+def written(output: Path) -> dict[str, int]:
+    """When each part was."""
+    return {path.name: path.stat().st_mtime_ns for path in sorted(output.glob("part-*"))}
+
+
 def test_a_folder_of_files_is_classified_and_a_run_is_resumed(tmp_path: Path) -> None:
     texts = [POSITIVE, NEGATIVE, *NO_TEXTS, "good " * 3000, *SENTENCES]
     source, output = tmp_path / "in", tmp_path / "out"
@@ -308,39 +360,68 @@ def test_a_folder_of_files_is_classified_and_a_run_is_resumed(tmp_path: Path) ->
     write(source / "a.parquet", texts[:150], row_group=64)
     write(source / "b.parquet", texts[150:])
 
-    summary = run_example(source, output, "--rows-per-partition", "60")
-    parts = sorted(output.glob("part-*.parquet"))
-    assert [path.name for path in parts] == [f"part-{i:05d}.parquet" for i in range(6)]
-    table = pa.concat_tables(pq.read_table(path) for path in parts)
+    summary = summary_of(start_example(source, output, 60))
+    names = [f"part-{i:05d}.parquet" for i in range(6)]
+    first = written(output)
+    assert list(first) == names
+    table = pa.concat_tables(pq.read_table(output / name) for name in names)
     assert table.column_names == ["id", "text", *ANSWERS]
     assert table["text"].to_pylist() == texts
     labels = table["label"].to_pylist()
     assert labels[:6] == ["positive", "negative", None, None, None, "positive"]
-    for label, probability, probs in zip(
-        *(table[name].to_pylist() for name in ANSWERS), strict=True
-    ):
-        assert (label is None) == (probs is None)
-        if probs is not None:
-            assert probability == max(probs)
-            assert label == ("negative", "positive")[probs.index(probability)]
+    for row in table.to_pylist():
+        if row["text"] in NO_TEXTS:
+            assert [row[name] for name in ANSWERS] == [None] * 3
+            continue
+        assert row["probability"] == max(row["probs"]) >= 0.5
+        assert row["label"] == ("negative", "positive")[row["probs"].index(row["probability"])]
+    counts = {name: labels.count(name) for name in ("positive", "negative")}
+    assert summary["labels"] == counts
     assert (summary["rows"], summary["partitions"], summary["no_text"]) == (len(texts), 6, 3)
-    assert summary["texts_at_full_length"] == 1
-    assert summary["partitions_skipped"] == 0
-    assert summary["labels"] == {name: labels.count(name) for name in ("positive", "negative")}
+    assert (summary["partitions_skipped"], summary["texts_at_full_length"]) == (0, 1)
 
-    before = {path.name: path.stat().st_mtime_ns for path in parts}
-    for path in (parts[1], parts[4]):
-        path.unlink()
-    again = run_example(source, output, "--rows-per-partition", "60")
-    after = {path.name: path.stat().st_mtime_ns for path in sorted(output.glob("part-*.parquet"))}
-    assert list(before) == list(after)
-    assert {name for name in before if before[name] != after[name]} == {
-        parts[1].name,
-        parts[4].name,
-    }
+    for name in (names[1], names[4]):
+        (output / name).unlink()
+    again = summary_of(start_example(source, output, 60))
+    second = written(output)
+    assert list(second) == names
+    assert {name for name in names if first[name] != second[name]} == {names[1], names[4]}
     assert (again["partitions_skipped"], again["rows_classified"]) == (4, 120)
     assert sum(again["labels"].values()) == len(texts) - 3
 
-    nothing = run_example(source, output, "--rows-per-partition", "60")
-    assert (nothing["partitions_skipped"], nothing["rows_classified"]) == (6, 0)
-    assert nothing["labels"] == again["labels"]
+
+@pytest.mark.slow
+def test_a_killed_worker_is_replaced_and_a_killed_run_resumed(tmp_path: Path) -> None:
+    texts = SENTENCES * 20
+    source, output = write(tmp_path / "a.parquet", texts), tmp_path / "out"
+
+    def wait_for_parts(count: int) -> None:
+        end = time.monotonic() + 200
+        while len(written(output)) < count and time.monotonic() < end:
+            time.sleep(0.2)
+        assert len(written(output)) >= count
+
+    def engine(process: subprocess.Popen[str]) -> psutil.Process:
+        children = psutil.Process(process.pid).children(recursive=True)
+        return next(c for c in children if c.cmdline()[:1] and "ray::MapWorker" in c.cmdline()[0])
+
+    process = start_example(source, output, 200)
+    wait_for_parts(2)
+    last = engine(process)
+    process.kill()
+    process.communicate()
+    psutil.wait_procs([last], timeout=30)
+    assert not last.is_running(), "the engine ends with its driver"
+    there = written(output)
+    assert 2 <= len(there) < 32
+
+    process = start_example(source, output, 200)
+    wait_for_parts(len(there) + 2)
+    engine(process).kill()
+    summary = summary_of(process)
+    assert summary["partitions_skipped"] == len(there)
+    assert summary["rows_classified"] == len(texts) - 200 * len(there)
+    assert there.items() <= written(output).items()
+    table = pa.concat_tables(pq.read_table(output / name) for name in written(output))
+    assert table["id"].to_pylist() == list(range(len(texts)))
+    assert table["label"].null_count == 0
