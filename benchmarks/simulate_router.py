@@ -48,7 +48,7 @@ from revmux_vllm.engine.policy import make_policy, read_options
 from revmux_vllm.merging import row_counts
 from revmux_vllm.packing import Packed, first_of, pack_rungs
 from revmux_vllm.rungs import Rung, parse_rungs
-from revmux_vllm.serving.choice import Load, choose
+from revmux_vllm.serving.choice import Load, MeanChars, choose
 from revmux_vllm.serving.messages import CHARS_PER_TOKEN, Work
 from revmux_vllm.serving.options import ServeOptions
 from revmux_vllm.terminal import check_plot, make_console, mendable_errors
@@ -309,10 +309,15 @@ class PowerOfTwo(Router):
 
 
 class PackAware(Router):
-    """The books of ``serving/router.py``; all entries of ``Load.elsewhere`` are kept up to date."""
+    """The books of ``serving/router.py``; every ``Load.elsewhere`` is of its last change."""
 
-    def __init__(self, num_replicas: int, chars_per_s: float, fill_s: float) -> None:
+    def __init__(
+        self, num_replicas: int, chars_per_s: float, fill_s: float, rng: random.Random
+    ) -> None:
         self.loads = [Load(chars_per_s) for _ in range(num_replicas)]
+        self._order = rng.sample(range(num_replicas), num_replicas)
+        self._in_order = [self.loads[replica] for replica in self._order]
+        self._mean = MeanChars()
         self._fill_s = fill_s
         self._cache: list[int | None] = [None] * num_replicas
         self._updated = [-math.inf] * num_replicas
@@ -325,11 +330,12 @@ class PackAware(Router):
             if self._updated[replica] == at:
                 self._cache[replica] = None
                 self._estimate(replica)
-        return choose(work, self.loads, self._fill_s)
+        return self._order[choose(work, self._in_order, self._fill_s)]
 
     def on_send(self, request: Request, now: float) -> None:
         """Counted from the moment of the choice."""
         self.loads[request.replica].add(request.work)
+        self._mean.add(request.work)
         self._update(request.replica, (self._cache[request.replica] or 0) + 1, now)
 
     def on_accept(self, request: Request, number: int, now: float) -> None:
@@ -351,10 +357,7 @@ class PackAware(Router):
         self._estimate(replica)
 
     def _estimate(self, replica: int) -> None:
-        load = self.loads[replica]
-        own = load.kinds.total()
-        others = (self._cache[replica] or 0) - own
-        load.elsewhere = max(0, others) * (load.chars / own if own else 1.0)
+        self.loads[replica].see(self._cache[replica] or 0, self._mean.value)
 
 
 @dataclass
@@ -400,7 +403,7 @@ class Simulation:
         if setting.router == "power-of-two":
             return PowerOfTwo(self._under_way, rng)
         chars_per_s = CHARS_PER_TOKEN * setting.calibration.tokens_per_s
-        return PackAware(setting.replicas, chars_per_s, setting.fill_s)
+        return PackAware(setting.replicas, chars_per_s, setting.fill_s, rng)
 
     def run(self, on_second: Callable[[], None] = lambda: None) -> Tally:
         """Until every request is answered; ``on_second`` is called for each second of traffic."""

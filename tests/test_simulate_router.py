@@ -1,6 +1,7 @@
 """The simulation of routers: small clusters, and what it says of itself."""
 
 import json
+import random
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -85,12 +86,12 @@ def request(replica: int, tokens: int = 10) -> Request:
 
 
 def test_the_books_are_those_of_the_router() -> None:
-    books = PackAware(2, chars_per_s=100.0, fill_s=1.0)
+    books = PackAware(2, chars_per_s=100.0, fill_s=1.0, rng=random.Random(0))
     first = request(0)
     books.on_send(first, 0.0)
     assert books.loads[0].elsewhere == 0
     books.on_accept(first, 4, 0.1)
-    assert books.loads[0].elsewhere == 3 * 40, "as long as the own ones"
+    assert books.loads[0].elsewhere == 3 * 40, "as long as those of its own"
     books.on_answer(first, 0.2)
     assert books.loads[0].elsewhere > 0, "the others are still there"
     books.choose(first.work, 10.1)

@@ -7,10 +7,12 @@ be done first is chosen.
 """
 
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from revmux_vllm.serving.messages import Work
+
+MEAN_OVER = 1000
 
 
 @dataclass
@@ -26,7 +28,7 @@ class Load:
 
     chars_per_s: float
     chars: float = 0.0
-    kinds: Counter[Hashable] = field(default_factory=Counter)
+    kinds: Counter[str | int] = field(default_factory=Counter)
     elsewhere: float = 0.0
 
     def add(self, work: Work) -> None:
@@ -39,10 +41,27 @@ class Load:
         self.chars -= work.chars
         self.kinds[work.kind] -= 1
 
+    def see(self, under_way: int, mean_chars: float) -> None:
+        """Of ``under_way`` requests there, those that other routers sent are of this mean."""
+        self.elsewhere = max(0, under_way - self.kinds.total()) * mean_chars
+
     @property
     def backlog_s(self) -> float:
         """Time that its work will take at the widest rung."""
         return (self.chars + self.elsewhere) / self.chars_per_s
+
+
+@dataclass
+class MeanChars:
+    """Of the latest requests that a router sent: its guess at what others send."""
+
+    value: float = 1.0
+    number: int = 0
+
+    def add(self, work: Work) -> None:
+        """One more; the last ``MEAN_OVER`` count, the older of them less."""
+        self.number = min(self.number + 1, MEAN_OVER)
+        self.value += (work.chars - self.value) / self.number
 
 
 def choose(work: Work, loads: Sequence[Load], fill_s: float) -> int:
@@ -50,7 +69,8 @@ def choose(work: Work, loads: Sequence[Load], fill_s: float) -> int:
 
     In this order: the open replica with the most partners for it, of those with room; the first
     open one with room; the first that holds nothing; the one that will be done first. *First* is
-    the order of ``loads``, which must be the same in every router, so that all fill the same one.
+    the order of ``loads``: the same at every call, and another one in every router, because what
+    they know of each other is late, and all would fill the same replica at once.
 
     Args:
         work: of the request.

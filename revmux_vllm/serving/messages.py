@@ -48,9 +48,9 @@ class Work:
     domain: str | None = None
 
     @property
-    def kind(self) -> tuple[str | None, int]:
-        """Requests of one kind are partners."""
-        return self.domain, self.length_class
+    def kind(self) -> str | int:
+        """Requests of one kind are partners: of one domain, and without one of one length."""
+        return self.length_class if self.domain is None else self.domain
 
 
 def measure(body: bytes) -> Work:

@@ -8,7 +8,7 @@ learns from the replicas' answers how many requests others have there.
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ray.serve.request_router import (
@@ -19,7 +19,7 @@ from ray.serve.request_router import (
     RunningReplica,
 )
 
-from revmux_vllm.serving.choice import Load, choose
+from revmux_vllm.serving.choice import Load, MeanChars, choose
 from revmux_vllm.serving.messages import Work
 
 
@@ -30,11 +30,13 @@ class _Known:
     Attributes:
         load: of this router's own requests.
         look: of the last statistics, and when they came (``time.monotonic``).
+        place: in this router's order.
     """
 
     load: Load
     look: float = 0
     looked_at: float = 0.0
+    place: float = field(default_factory=random.random)
 
 
 class PackAwareRouter(RequestRouter):
@@ -49,6 +51,7 @@ class PackAwareRouter(RequestRouter):
         self._fill_s, self._stale_s = fill_s, stale_s
         self._known: dict[ReplicaID, _Known] = {}
         self._sent: dict[str, tuple[ReplicaID, Work]] = {}
+        self._mean = MeanChars()
 
     async def choose_replicas(
         self,
@@ -58,8 +61,7 @@ class PackAwareRouter(RequestRouter):
         """One replica, and after it two others in case that it is full or gone."""
         if not candidate_replicas:
             return []
-        # The same order in every front: by name, which is also no order of age or of place.
-        replicas = sorted(candidate_replicas, key=lambda replica: replica.replica_id.unique_id)
+        replicas = sorted(candidate_replicas, key=lambda each: self._of(each.replica_id).place)
         two = random.sample(replicas, min(2, len(replicas)))
         if pending_request is None:
             return [two]
@@ -92,6 +94,7 @@ class PackAwareRouter(RequestRouter):
             request.future.add_done_callback(
                 lambda future: self._forget(name) if future.cancelled() else None
             )
+            self._mean.add(work)
         self._sent[name] = replica_id, work
         self._of(replica_id).load.add(work)
 
@@ -117,15 +120,10 @@ class PackAwareRouter(RequestRouter):
                 known.load.chars_per_s = stats.get("chars_per_s", 0.0)
             if not known.load.chars_per_s or now - known.looked_at > self._stale_s:
                 return None
-            known.load.elsewhere = self._elsewhere(replica.replica_id, known.load)
+            under_way = self.replica_queue_len_cache.get(replica.replica_id) or 0
+            known.load.see(under_way, self._mean.value)
             loads.append(known.load)
         return loads
-
-    def _elsewhere(self, replica_id: ReplicaID, load: Load) -> float:
-        """Characters that others have there: their number, times the mean of the own ones."""
-        own = load.kinds.total()
-        others = (self.replica_queue_len_cache.get(replica_id) or 0) - own
-        return max(0, others) * (load.chars / own if own else 1.0)
 
 
 def _work_of(request: PendingRequest) -> Work:

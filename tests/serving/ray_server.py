@@ -85,8 +85,8 @@ class Client:
         wrong: texts that got another's label.
     """
 
-    def __init__(self, server: LocalServer, known: Known) -> None:
-        self.base_url, self.known = server.base_url, known
+    def __init__(self, base_url: str, known: Known) -> None:
+        self.base_url, self.known = base_url, known
         self.statuses: Counter[Any] = Counter()
         self.wrong: list[int] = []
 

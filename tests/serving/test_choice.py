@@ -3,7 +3,7 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from revmux_vllm.serving.choice import Load, choose
+from revmux_vllm.serving.choice import Load, MeanChars, choose
 from revmux_vllm.serving.messages import Work
 
 FILL_S = 1.0
@@ -53,9 +53,15 @@ def test_a_request_larger_than_a_replica_still_goes_somewhere() -> None:
 
 
 def test_what_others_have_sent_counts() -> None:
-    busy = holding()
-    busy.elsewhere = 99
+    mean = MeanChars()
+    mean.add(work(chars=20))
+    mean.add(work(chars=40))
+    busy = holding(work())
+    busy.see(4, mean.value)
+    assert busy.elsewhere == 3 * 30
     assert choose(work(), [busy, holding()], FILL_S) == 1
+    busy.see(0, mean.value)
+    assert busy.elsewhere == 0
 
 
 works = st.builds(work, st.integers(1, 500), st.sampled_from([None, "a", "b"]))

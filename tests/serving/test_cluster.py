@@ -21,7 +21,7 @@ from ray_server import PACKED, Client, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
-HEAD_PORT, HTTP_PORT = 26379, 28000
+HEAD_PORT, DASHBOARD_PORT, HTTP_PORT = 26379, 28265, 28000
 BIN = Path(sys.executable).parent
 EXAMPLE = Path(__file__).parents[2] / "examples" / "ray_serve.yaml"
 
@@ -72,16 +72,27 @@ class Cluster:
         self.env["RAY_raylet_start_wait_time_s"] = "120"  # two cores for everything
         subprocess.run([BIN / "ray", "get-auth-token", "--generate"], env=self.env, check=True)
         self.base_url = f"http://127.0.0.1:{HTTP_PORT}"
-        head = f"--head --port={HEAD_PORT} --dashboard-port=28265 --include-dashboard=true"
+        self.dashboard = f"http://127.0.0.1:{DASHBOARD_PORT}"
+        head = f"--head --port={HEAD_PORT} --dashboard-port={DASHBOARD_PORT}"
         self.nodes: list[Node] = []
-        self._start = head
+        self.is_starting_a_node = False
+        self._start, self._num_started = head, 0
 
     def add_node(self) -> None:
         """The head first, and then others."""
-        log = self.folder / f"node{len(self.nodes)}.log"
-        self.nodes.append(Node(self._start, log, self.env))
+        log = self.folder / f"node{self._num_started}.log"
+        self.is_starting_a_node = True
+        node = Node(self._start, log, self.env)
+        self.nodes.append(node)
+        self._num_started += 1
         self._start = f"--address=127.0.0.1:{HEAD_PORT}"
-        wait_until(lambda: "Ray runtime started" in log.read_text(), 120, "a node")
+        wait_until(
+            lambda: "Ray runtime started" in log.read_text() or node.process.poll() is not None,
+            120,
+            "a node",
+        )
+        assert node.process.poll() is None, log.read_text()
+        self.is_starting_a_node = False
 
     def deploy(self, **args: Any) -> None:
         """`serve deploy`, of the example's file with other arguments."""
@@ -93,24 +104,26 @@ class Cluster:
         path.write_text(yaml.safe_dump(config))
         self.serve("deploy", str(path))
 
-    def serve(self, *words: str) -> str:
-        address = ["--address", "http://127.0.0.1:28265"]
-        command = [str(BIN / "serve"), words[0], *address, *words[1:]]
+    def serve(self, *words: str) -> None:
+        command = [str(BIN / "serve"), words[0], "--address", self.dashboard, *words[1:]]
         done = subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
 
     def application(self) -> dict[str, Any]:
-        return yaml.safe_load(self.serve("status"))["applications"].get("revmux", {})
-
-    def engines(self) -> dict[str, int]:
-        return self.application()["deployments"]["Engine"]["replica_states"]
+        """What `serve status` shows and takes seconds of a core for."""
+        token = (Path.home() / ".ray" / "auth_token").read_text().strip()
+        headers = {"Authorization": f"Bearer {token}"}
+        url = f"{self.dashboard}/api/serve/applications/"
+        page = httpx.get(url, headers=headers, timeout=60).raise_for_status().json()
+        return page["applications"].get("revmux", {})
 
     def is_running(self, num_engines: int) -> bool:
         found = self.application()
         if found.get("status") == "DEPLOY_FAILED":
             pytest.fail(found["message"])
-        return found.get("status") == "RUNNING" and self.engines() == {"RUNNING": num_engines}
+        engines = found.get("deployments", {}).get("Engine", {}).get("replicas", [])
+        states = [engine["state"] for engine in engines]
+        return found.get("status") == "RUNNING" and states == ["RUNNING"] * num_engines
 
     def close(self) -> None:
         with suppress(AssertionError, subprocess.TimeoutExpired):
@@ -145,14 +158,20 @@ def arguments(folder: Path, **more: Any) -> dict[str, Any]:
     return {"model": str(folder), "vllm_args": words, "cpus_per_replica": 1, **more}
 
 
-def ask_while(cluster: Any, known: Known, happens: Callable[[], Any], least: int = 400) -> None:
-    """Requests until ``happens`` has returned, and ``least`` of them; all are answered."""
-    client = Client(cluster, known)
+def ask_while(cluster: Cluster, known: Known, happens: Callable[[], Any], least: int = 400) -> None:
+    """Requests until ``happens`` has returned, and ``least`` of them; all are answered.
+
+    They come slower while a node starts: it must share the cores that a real one brings, and Ray
+    gives up a node whose first processes take more than 15 s.
+    """
+    client = Client(cluster.base_url, known)
 
     async def story() -> None:
         task = asyncio.create_task(asyncio.to_thread(happens))
         while not task.done() or sum(client.statuses.values()) < least:
-            await client.ask_all(100, 6)
+            await client.ask_all(25, 6)
+            if cluster.is_starting_a_node:
+                await asyncio.sleep(2)
         await task
 
     asyncio.run(story())
@@ -164,7 +183,7 @@ def test_the_load_adds_an_engine_and_its_lack_takes_it_away(
     cluster: Cluster, folder: Path, known: Known
 ) -> None:
     cluster.deploy(
-        **arguments(folder, replicas=1, max_replicas=2, target_load=0.1),
+        **arguments(folder, replicas=1, max_replicas=2, target_load=0.02),
         upscale_delay_s=2,
         downscale_delay_s=20,
     )

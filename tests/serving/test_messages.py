@@ -35,7 +35,8 @@ def test_work(values: dict[str, Any], chars: int, length_class: int) -> None:
 
 
 def test_the_domain_is_the_cache_salt() -> None:
-    assert of(input="ab", cache_salt="tenant").kind == ("tenant", 2)
+    assert of(input="ab", cache_salt="tenant").kind == "tenant"
+    assert of(input="ab").kind == 2
     assert of(input="ab", cache_salt=7).domain is None
 
 

@@ -49,7 +49,7 @@ def server(folder: Path) -> Iterator[LocalServer]:
 
 
 def test_each_of_many_requests_gets_its_own_answer(server: LocalServer, known: Known) -> None:
-    client = Client(server, known)
+    client = Client(server.base_url, known)
     asyncio.run(client.ask_all(1200, connections=64))
     assert client.statuses == {200: 1200}
     assert client.wrong == []
@@ -109,7 +109,7 @@ def test_a_client_that_hangs_up_frees_its_place(server: LocalServer, known: Know
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
 
-    client = Client(server, known)
+    client = Client(server.base_url, known)
     asyncio.run(client.ask_all(300, 32, beside=hang_up))
     assert client.statuses == {200: 300}
     assert client.wrong == []
@@ -124,7 +124,7 @@ async def ask_while_killing(server: LocalServer, known: Known, victim: str) -> N
         killed.append(random.choice(processes(server, victim)))
         kill(killed[0])
 
-    client = Client(server, known)
+    client = Client(server.base_url, known)
     await client.ask_all(900, 48, beside=killer)
     assert len(killed) == 1
     assert client.statuses == {200: 900}
@@ -151,7 +151,7 @@ def test_ten_thousand_requests_while_a_replica_is_killed_every_5_s(
     server: LocalServer, known: Known
 ) -> None:
     """Of those that answer: an engine takes longer than 5 s to start, and then it gets its 5 s."""
-    client, num_killed = Client(server, known), 0
+    client, num_killed = Client(server.base_url, known), 0
 
     async def killer() -> None:
         nonlocal num_killed
