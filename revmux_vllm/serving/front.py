@@ -86,7 +86,10 @@ class Front:
         )
 
     async def _metrics(self) -> bytes:
-        pages = await self._engines.broadcast("metrics").results_async(
-            timeout_s=METRICS_S, return_exceptions=True
-        )
+        try:
+            pages = await self._engines.broadcast("metrics").results_async(
+                timeout_s=METRICS_S, return_exceptions=True
+            )
+        except DeploymentUnavailableError:  # Ray's word for no engine at the moment, too
+            pages = []
         return merge_pages(dict(page for page in pages if not isinstance(page, Exception)))

@@ -10,14 +10,14 @@ from logging.handlers import MemoryHandler
 from typing import Any
 
 from revmux_vllm.serving.messages import HttpRequest, HttpResponse, Work
-from revmux_vllm.serving.stats import ReplicaStats, StatsReader
+from revmux_vllm.serving.stats import ReplicaStats, StatsReader, engine_numbers
 from revmux_vllm.serving.vllm_app import call, parse_arguments, running_app
 
-WATCH_S = 0.5
-STALLED_S = 60.0
-"""An engine that has had work for so long without answering any of it is taken for dead."""
+WATCH_S, PROGRESS_S = 0.5, 5.0
+STALLED_S = 120.0
+"""An engine that has had work for so long without a step that answers is taken for dead."""
 DEAD_ENGINE = 70
-"""Exit status of a replica whose engine has died."""
+"""Exit status of a replica whose engine has died, or hangs."""
 
 logger = logging.getLogger("ray.serve")
 
@@ -46,12 +46,12 @@ class EngineReplica:
         horizon_s = _horizon_s(self._engine)
         self._chars = 0
         self._under_way = 0
-        self._progress_at = time.monotonic()
         # One for each of those who look, because a rate is since the last look.
         self._for_routers, self._for_autoscaler = StatsReader(horizon_s), StatsReader(horizon_s)
         name = self._engine.model_config.served_model_name
         await self._warm_up(name)
-        self._watch = asyncio.create_task(self._leave_with_the_engine())
+        watches = (self._leave_when_it_dies(), self._leave_when_it_hangs())
+        self._watches = [asyncio.create_task(watch) for watch in watches]
 
     async def answer(self, work: Work, request: HttpRequest) -> HttpResponse:
         """vLLM's answer.
@@ -59,8 +59,6 @@ class EngineReplica:
         Raises:
             EngineDied: if there will be none.
         """
-        if not self._under_way:
-            self._progress_at = time.monotonic()
         self._under_way += 1
         self._chars += work.chars
         try:
@@ -71,7 +69,6 @@ class EngineReplica:
             raise
         finally:
             self._under_way -= 1
-            self._progress_at = time.monotonic()
         if response.status >= 500 and self._engine.errored:
             raise EngineDied(response.body.decode(errors="replace"))
         return response
@@ -87,11 +84,8 @@ class EngineReplica:
         return serve.get_replica_context().replica_id.unique_id, page.body.decode()
 
     async def check_health(self) -> None:
-        """Raise if the engine is dead, or has stalled."""
+        """Serve's: raise if the engine is dead."""
         await self._engine.check_health()
-        stalled_s = time.monotonic() - self._progress_at
-        if self._under_way and stalled_s > STALLED_S:
-            raise RuntimeError(f"the engine has answered nothing for {stalled_s:.0f} s")
 
     async def record_routing_stats(self) -> dict[str, float]:
         """For routers; see ``ReplicaStats``."""
@@ -104,7 +98,8 @@ class EngineReplica:
 
     async def __del__(self) -> None:
         """Serve's: the last thing that a leaving replica does."""
-        self._watch.cancel()
+        for watch in self._watches:
+            watch.cancel()
         await self._stack.aclose()
 
     def _look(self, reader: StatsReader) -> ReplicaStats:
@@ -120,13 +115,28 @@ class EngineReplica:
             if response.status != 200:
                 logger.warning("the first request was refused: %s", response.body.decode())
 
-    async def _leave_with_the_engine(self) -> None:
+    async def _leave_when_it_dies(self) -> None:
         """End the process with its engine: Ray notices that at once, and starts another."""
         while not self._engine.errored:
             await asyncio.sleep(WATCH_S)
         logger.error("the engine has died, so this replica leaves")
         await asyncio.sleep(WATCH_S)  # for the answers that say so
         os._exit(DEAD_ENGINE)
+
+    async def _leave_when_it_hangs(self) -> None:
+        """A request of many texts may take long, so what counts is what the engine's steps answer;
+        `/health` is answered by a hanging one too."""
+        answered, since = -1.0, 0.0
+        while True:
+            now, number = time.monotonic(), engine_numbers()["answered"]
+            if number != answered or not self._under_way:
+                answered, since = number, now
+            elif now - since > STALLED_S:
+                logger.error(
+                    "the engine hangs: no step for %.0f s; this replica leaves", now - since
+                )
+                os._exit(DEAD_ENGINE)
+            await asyncio.sleep(PROGRESS_S)
 
 
 def _keep_serve_log() -> None:

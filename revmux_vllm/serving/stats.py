@@ -11,6 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
 NAMES = {
+    "answered": "revmux:requests_total",
     "arrived": "revmux:arrived_tokens_total",
     "waiting": "revmux:waiting_tokens",
     "in_use": "revmux:capacity_tokens_per_second",

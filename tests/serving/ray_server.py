@@ -49,7 +49,7 @@ def processes(server: LocalServer, name: str) -> list[psutil.Process]:
 
 def replicas(server: LocalServer) -> dict[str, float]:
     """Names of the engines that answer now, and when their processes started."""
-    page = httpx.get(f"{server.base_url}/metrics", timeout=30).text
+    page = httpx.get(f"{server.base_url}/metrics", timeout=30).raise_for_status().text
     return {
         sample.labels["replica"]: sample.value
         for family in text_string_to_metric_families(page)
@@ -123,7 +123,8 @@ class Client:
             )
             if other:
                 other.cancel()
-                await asyncio.gather(other, return_exceptions=True)
+                with suppress(asyncio.CancelledError):
+                    await other
 
 
 def kill(process: psutil.Process) -> None:
