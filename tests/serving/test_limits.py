@@ -84,6 +84,7 @@ def test_a_request_that_ends_every_engine_is_given_up(server: LocalServer) -> No
 
 def test_an_engine_that_hangs_is_replaced_and_its_request_answered(server: LocalServer) -> None:
     wait_until(lambda: is_in_service(server), 180, "an engine")
+    wait_until(lambda: len(processes(server, CORE)) == 1, 30, "its process")
     (core,) = processes(server, CORE)
     (replica,) = processes(server, ENGINE)
 

@@ -137,6 +137,7 @@ def test_a_front_that_is_killed_loses_no_answer(server: LocalServer, known: Know
 
 
 def test_a_dead_engine_is_noticed_without_a_request(server: LocalServer) -> None:
+    wait_until(lambda: len(processes(server, CORE)) == 2, 30, "both engines")
     before = replicas(server)
     kill(processes(server, CORE)[0])
     wait_until(
