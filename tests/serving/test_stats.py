@@ -65,12 +65,14 @@ def test_the_engines_own_metrics_are_read_by_their_names() -> None:
     for number in ("0", "1"):  # of two engines
         by = {"model_name": "m", "engine": number}
         metrics.counters["arrived_tokens"].labels(**by).inc(5)
+        metrics.counters["requests"].labels(rung="alone", **by).inc(3)
+        metrics.counters["requests"].labels(rung="mux:2", **by).inc(4)
         metrics.waiting_tokens.labels(**by).set(7)
         metrics.capacity.labels(at="in_use", **by).set(100)
         metrics.capacity.labels(at="widest", **by).set(200)
     after = stats.engine_numbers()
     assert {key: after[key] - before[key] for key in after} == {
-        "arrived": 10, "waiting": 14, "in_use": 200, "widest": 400,
+        "answered": 14, "arrived": 10, "waiting": 14, "in_use": 200, "widest": 400,
     }  # fmt: skip
     assert REGISTRY.get_sample_value("revmux:waiting_tokens", by) == 7
 
