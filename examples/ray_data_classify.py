@@ -379,6 +379,23 @@ class Classifier:
         return {"rows": len(table), "full_length": full, "began": began}
 
 
+@contextmanager
+def ray_cluster(address: str | None) -> Iterator[None]:
+    """The one at ``address``, or one that ends with the block."""
+    # Each run would begin with a line on arguments of actors, which are Ray Data's own and kept.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    for name in ("progress", "execution.streaming_executor", "execution.streaming_executor_state"):
+        logging.getLogger(f"ray.data._internal.{name}").setLevel(logging.CRITICAL)
+    logging.getLogger("ray.data.exceptions").setLevel(logging.CRITICAL)  # said once, by classify
+    # Without the workers' logs, which would land on standard output.
+    ray.init(address or "local", logging_level="ERROR", log_to_driver=False)
+    try:
+        with unwound_on_sigterm():  # in here, because Ray sets a handler of its own
+            yield
+    finally:
+        ray.shutdown()
+
+
 def classify(
     run: Run, partitions: list[Partition], output: Path, engines: Engines
 ) -> Iterator[dict[str, Any]]:
@@ -387,13 +404,6 @@ def classify(
     Raises:
         ValueError: if they cannot be, with the reason.
     """
-    # Each run would begin with a line on arguments of actors, which are Ray Data's own and kept.
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    for name in ("progress", "execution.streaming_executor", "execution.streaming_executor_state"):
-        logging.getLogger(f"ray.data._internal.{name}").setLevel(logging.CRITICAL)
-    logging.getLogger("ray.data.exceptions").setLevel(logging.CRITICAL)  # said once, below
-    # Without the workers' logs, which would land on standard output.
-    ray.init(engines.address or "local", logging_level="ERROR", log_to_driver=False)
     try:
         gpus = engines.gpus(ray.cluster_resources())
         context = ray.data.DataContext.get_current()
@@ -426,8 +436,6 @@ def classify(
             "/tmp/ray/session_latest/logs of their machines. Parts that are done stay: the same "
             "command goes on, with other --llm-args too"
         ) from error
-    finally:
-        ray.shutdown()
 
 
 def said_last(text: str) -> str:
@@ -470,7 +478,7 @@ def work(
     watch = Watch(console, run.rows, run.rows - rows)
     full, started, first = 0, time.time(), float("inf")
     if todo:
-        with watch.bar:
+        with ray_cluster(engines.address), watch.bar:
             for done in classify(run, todo, output, engines):
                 first = min(first, done["began"])
                 full += done["full_length"]
@@ -611,7 +619,7 @@ def main(
     Interrupted, by Ctrl-C or worse? The same command goes on where it ended.
     """
     console = make_console(stderr=True)
-    with mendable_errors(), unwound_on_sigterm():
+    with mendable_errors():
         arguments = read_llm_args(llm_args)
         if source.resolve() == output.resolve():
             raise ValueError(f"{output} is INPUT too, and parts would become input; choose another")

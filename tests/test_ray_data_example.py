@@ -406,7 +406,14 @@ def test_a_killed_worker_is_replaced_and_a_killed_run_resumed(tmp_path: Path) ->
         return next(c for c in children if c.cmdline()[:1] and "ray::MapWorker" in c.cmdline()[0])
 
     process = start_example(source, output, 200)
-    wait_for_parts(2)
+    wait_for_parts(1)
+    process.terminate()
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 2, stderr
+    assert "interrupted; the same command goes on" in stderr
+
+    process = start_example(source, output, 200)
+    wait_for_parts(len(written(output)) + 2)
     last = engine(process)
     process.kill()
     process.communicate()

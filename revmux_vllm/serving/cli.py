@@ -55,7 +55,7 @@ def serve(
     Example: `revmux serve revmux-llama --replicas 2`. Ctrl-C ends it. On a cluster:
     `serve deploy examples/ray_serve.yaml`; `docs/ray.md` has more.
     """
-    with mendable_errors(), unwound_on_sigterm():
+    with mendable_errors():
         if find_spec("ray") is None:
             from revmux_vllm.serving import RAY_IS_MISSING
 
@@ -112,13 +112,15 @@ def _run(options: Any, host: str, port: int, address: str | None) -> None:
     if address is None:
         ray.init(address="local", namespace="serve", logging_level="WARNING")
     try:
-        _check_room(options, ray.cluster_resources())
-        serve.start(http_options={"host": host, "port": port})
-        with console.status(f"starting {options.replicas} engines; the first time takes minutes"):
-            serve.run(application, blocking=False, _local_testing_mode=False)
-        console.print(f"{options.model} answers at http://{host}:{port}/classify", highlight=False)
-        while True:
-            time.sleep(POLL_S)
+        with unwound_on_sigterm():  # in here, because Ray sets a handler that aborts
+            _check_room(options, ray.cluster_resources())
+            serve.start(http_options={"host": host, "port": port})
+            with console.status(f"starting {options.replicas} engines: minutes, the first time"):
+                serve.run(application, blocking=False, _local_testing_mode=False)
+            url = f"http://{host}:{port}/classify"
+            console.print(f"{options.model} answers at {url}", highlight=False)
+            while True:
+                time.sleep(POLL_S)
     except RuntimeError as error:
         raise ValueError(str(error)) from error
     finally:

@@ -39,10 +39,19 @@ def processes(server: LocalServer, name: str) -> list[psutil.Process]:
     """Those of this server's session whose command begins with ``name``."""
     assert server._process is not None
     found = []
-    for process in psutil.process_iter(["cmdline"]):
+    for process in session_of(server._process.pid):
+        with suppress(psutil.NoSuchProcess):
+            if (process.cmdline() or [""])[0].startswith(name):
+                found.append(process)
+    return found
+
+
+def session_of(leader: int) -> list[psutil.Process]:
+    """Processes of the session that a process began."""
+    found = []
+    for process in psutil.process_iter():
         with suppress(ProcessLookupError, psutil.NoSuchProcess):
-            command = (process.info["cmdline"] or [""])[0]
-            if command.startswith(name) and os.getsid(process.pid) == server._process.pid:
+            if os.getsid(process.pid) == leader:
                 found.append(process)
     return found
 

@@ -17,7 +17,7 @@ import pytest
 import yaml
 from conftest import revmux
 from known_answers import Known, make_transparent_checkpoint
-from ray_server import PACKED, Client, wait_until
+from ray_server import PACKED, Client, session_of, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -36,17 +36,9 @@ class Node:
                 command, stdout=output, stderr=subprocess.STDOUT, env=env, start_new_session=True
             )
 
-    def members(self) -> list[psutil.Process]:
-        found = []
-        for process in psutil.process_iter():
-            with suppress(ProcessLookupError, psutil.NoSuchProcess):
-                if os.getsid(process.pid) == self.process.pid:
-                    found.append(process)
-        return found
-
     def lose(self) -> None:
         """As when the power goes: every process at once."""
-        for process in self.members():
+        for process in session_of(self.process.pid):
             with suppress(psutil.NoSuchProcess):
                 process.send_signal(signal.SIGKILL)
         self.process.wait()
@@ -130,6 +122,9 @@ class Cluster:
             self.serve("shutdown", "-y")
         for node in reversed(self.nodes):
             node.stop()
+        from ray._common.utils import reset_ray_address
+
+        reset_ray_address()  # or the next `serve run` on this machine waits for this cluster
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,7 @@ from ray_server import (
     processes,
     replicas,
     serving,
+    session_of,
     wait_until,
 )
 
@@ -186,3 +187,12 @@ def test_an_engine_or_replica_that_is_killed_loses_no_answer(
     )
     alive = {process.pid for process in processes(server, CORE)}
     assert len(cores & alive) == 1, "no engine outlives its replica"
+
+
+def test_sigterm_ends_everything(server: LocalServer) -> None:
+    """The last test, so that it needs no server of its own."""
+    process = server._process
+    assert process is not None
+    process.terminate()
+    assert process.wait(60) > 0, "unwound, not aborted by Ray's own handler"
+    wait_until(lambda: session_of(process.pid) == [], 20, "all that it started has ended")
