@@ -66,15 +66,16 @@ def applications(**options: dict[str, Any]) -> Iterator[dict[str, str]]:
 
     ray.init(address="local", namespace="serve", logging_level="ERROR", log_to_driver=False)
     try:
-        serve.start(http_options={"host": "127.0.0.1", "port": PORT})
-        with console.status("starting the engines"):
-            for name, values in options.items():
-                application = build(read_options(values))
-                serve.run(application, name=name, route_prefix=f"/{name}")
-            addresses = {name: f"http://127.0.0.1:{PORT}/{name}" for name in options}
-            for address in addresses.values():
-                _wait_ready(address)
-        yield addresses
+        with unwound_on_sigterm():  # again, because Ray has set a handler that aborts
+            serve.start(http_options={"host": "127.0.0.1", "port": PORT})
+            with console.status("starting the engines"):
+                for name, values in options.items():
+                    application = build(read_options(values))
+                    serve.run(application, name=name, route_prefix=f"/{name}")
+                addresses = {name: f"http://127.0.0.1:{PORT}/{name}" for name in options}
+                for address in addresses.values():
+                    _wait_ready(address)
+            yield addresses
     finally:
         serve.shutdown()
         ray.shutdown()

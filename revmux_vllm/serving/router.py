@@ -7,6 +7,7 @@ learns from the replicas' answers how many requests others have there.
 
 import random
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,7 +34,7 @@ class _Known:
         place: in this router's order.
     """
 
-    load: Load
+    load: Load = field(default_factory=lambda: Load(0.0))
     look: float = 0
     looked_at: float = 0.0
     place: float = field(default_factory=random.random)
@@ -49,7 +50,7 @@ class PackAwareRouter(RequestRouter):
     def initialize_state(self, fill_s: float, stale_s: float) -> None:
         """Serve's hook for ``request_router_kwargs``."""
         self._fill_s, self._stale_s = fill_s, stale_s
-        self._known: dict[ReplicaID, _Known] = {}
+        self._known: defaultdict[ReplicaID, _Known] = defaultdict(_Known)
         self._sent: dict[str, tuple[ReplicaID, Work]] = {}
         self._mean = MeanChars()
 
@@ -61,7 +62,7 @@ class PackAwareRouter(RequestRouter):
         """One replica, and after it two others in case that it is full or gone."""
         if not candidate_replicas:
             return []
-        replicas = sorted(candidate_replicas, key=lambda each: self._of(each.replica_id).place)
+        replicas = sorted(candidate_replicas, key=lambda each: self._known[each.replica_id].place)
         two = random.sample(replicas, min(2, len(replicas)))
         if pending_request is None:
             return [two]
@@ -96,15 +97,12 @@ class PackAwareRouter(RequestRouter):
             )
             self._mean.add(work)
         self._sent[name] = replica_id, work
-        self._of(replica_id).load.add(work)
+        self._known[replica_id].load.add(work)
 
     def _forget(self, name: str) -> None:
         replica_id, work = self._sent.pop(name, (None, None))
         if replica_id in self._known and work is not None:
             self._known[replica_id].load.remove(work)
-
-    def _of(self, replica_id: ReplicaID) -> _Known:
-        return self._known.setdefault(replica_id, _Known(Load(0.0)))
 
     def _loads(self, replicas: Sequence[RunningReplica]) -> list[Load] | None:
         """Of all ``replicas``; None where one is not known well enough."""
@@ -114,7 +112,7 @@ class PackAwareRouter(RequestRouter):
             del self._known[replica_id]
         loads = []
         for replica in replicas:
-            known, stats = self._of(replica.replica_id), replica.routing_stats or {}
+            known, stats = self._known[replica.replica_id], replica.routing_stats or {}
             if stats.get("look", 0) != known.look:
                 known.look, known.looked_at = stats["look"], now
                 known.load.chars_per_s = stats.get("chars_per_s", 0.0)

@@ -48,10 +48,10 @@ def test_beyond_the_places_that_there_are_it_answers_429(server: LocalServer, fo
     assert set(client.statuses) == {200, 429}, client.statuses
     assert client.wrong == []
 
-    async def two_long_and_many() -> list[httpx.Response]:
+    async def eight_long() -> list[httpx.Response]:
         return await asyncio.gather(*(ask_long(server) for _ in range(8)))
 
-    answers = asyncio.run(two_long_and_many())
+    answers = asyncio.run(eight_long())
     refused = [answer for answer in answers if answer.status_code == 429]
     assert refused
     assert refused[0].json()["error"]["type"] == "TooManyRequests"
