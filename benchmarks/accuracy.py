@@ -1,6 +1,6 @@
 """Accuracy against speed-up: RevMUX, merged tokens, the paper's recipe, and early exit.
 
-One command makes the backbones (``adapters/train_backbone.py``), trains every contender with
+One command makes the backbones (``train_backbone.py`` beside this), trains every contender with
 ``revmux train``, and prints one table; two plots per task lie beside the results, without the
 paper's recipe and with it. What is finished is kept in ``--work`` and stands in every later table
 and plot, so a run can be interrupted, or made of several commands; remove a contender's folder
@@ -23,10 +23,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from revmux_vllm.training.card import span
+from revmux_vllm.checkpoint import WORK_FOLDER
+from revmux_vllm.terminal import AsJson
 from revmux_vllm.training.plot import best_exits, plot_frontier
+from revmux_vllm.training.tables import span
+from revmux_vllm.training.work import OPTIONS_FILE
 
-ROOT = Path(__file__).resolve().parent.parent
 # Names of the classes (words for the T5) and epochs of MiniLM's fine-tuning.
 TASKS = {
     "sst2": ("negative,positive", 2),
@@ -75,7 +77,7 @@ class Ladders:
     def backbone(self) -> Path:
         """The folder of the frozen classifier."""
         names, teacher_epochs = TASKS[self.task]
-        script = ROOT / "adapters" / "train_backbone.py"
+        script = Path(__file__).with_name("train_backbone.py")
         folder = self.root / "backbone"
         if (folder / "model.safetensors").is_file():
             return folder
@@ -109,7 +111,7 @@ class Ladders:
         if (folder / "report.json").is_file():
             return
         words = ["--label-words", TASKS[self.task][0]] if self.family == "t5" else []
-        resume = ["--resume"] if (folder / "trainer" / "options.json").is_file() else []
+        resume = ["--resume"] if (folder / WORK_FOLDER / OPTIONS_FILE).is_file() else []
         where = ["--backbone", self.backbone(), "--output", folder, "--prefill-layers", cut]
         files = ["--train", rows, "--eval", dev, "--rungs", rungs]
         more = [*CONTENDERS[contender], *words, *options, *resume]
@@ -192,7 +194,7 @@ def main(
     ] = None,
     student_epochs: Annotated[float, typer.Option(help="Of LLaMA and T5 backbones.")] = 5.0,
     more: Annotated[str, typer.Option(help="More options for `revmux train`.")] = "",
-    as_json: Annotated[bool, typer.Option("--json", help="JSON on standard output.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Train what is missing, and print the table of everything there is under ``--work``."""
     result: list[dict[str, Any]] = []
@@ -208,18 +210,30 @@ def main(
                 continue
             options = ["--epochs", str(2 * epochs if paper else epochs), *more.split()]
             ladders.train(name, cut, rows, dev, ",".join(own), options)
-        reports = ladders.reports()
-        exits = best_exits(reports.values())
-        for name, report in reports.items():
-            result += rows_of(ladders, name, report, exits)
-        result += exit_rows(ladders, next(iter(reports.values()))["backbone"]["accuracy"], exits)
-        title = f"{task}, {family}"
-        own = [name for name in reports if "paper" not in name]
-        plot_frontier(reports, work / f"{family}-{task}.png", title, own)
-        plot_frontier(reports, work / f"{family}-{task}-paper.png", title)
+        result += collect(ladders)
     if as_json:
         print(json.dumps(result))
-        return
+    else:
+        Console(width=140).print(result_table(result))
+
+
+def collect(ladders: Ladders) -> list[dict[str, Any]]:
+    """Everything there is of one backbone as rows of the result; draws its two plots."""
+    reports = ladders.reports()
+    exits = best_exits(reports.values())
+    rows = [
+        row for name, report in reports.items() for row in rows_of(ladders, name, report, exits)
+    ]
+    rows += exit_rows(ladders, next(iter(reports.values()))["backbone"]["accuracy"], exits)
+    title, plot = f"{ladders.task}, {ladders.family}", f"{ladders.family}-{ladders.task}"
+    own = [name for name in reports if "paper" not in name]
+    plot_frontier(reports, ladders.work / f"{plot}.png", title, own)
+    plot_frontier(reports, ladders.work / f"{plot}-paper.png", title)
+    return rows
+
+
+def result_table(result: list[dict[str, Any]]) -> Table:
+    """The result, per cent, for a terminal."""
     columns = ("backbone", "task", "adapters", "l", "rung", "speed-up", "accuracy", "agreement")
     table = Table(*columns, "early exit there", "alone")
     for row in result:
@@ -237,7 +251,7 @@ def main(
             "" if early is None else f"{100 * early:.1f}",
             f"{100 * row['backbone']:.1f}",
         )
-    Console(width=140).print(table)
+    return table
 
 
 if __name__ == "__main__":

@@ -6,37 +6,28 @@
     python benchmarks/offline.py --write my-llama             and no more: for `revmux bench online
                                                               my-llama --load-format dummy`
 
-vLLM has no T5: with ``--family t5`` the ratios are to RevMUX's own T5 at width 1, and transformers'
-T5 in padded batches stands beside it, on one thread as the engine computes here.
+vLLM has no T5: with ``--family t5`` the ratios are to RevMUX's own T5 alone, at width 1, and
+transformers' T5 in padded batches stands beside it, on one thread as the engine computes here.
 """
 
 import json
-import random
-import statistics
 import tempfile
 import time
-from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import Progress
 
-from revmux_vllm.bench.lengths import Lengths, make_prompts
-from revmux_vllm.bench.offline import (
-    Contender,
-    Engine,
-    as_report,
-    compare,
-    measure,
-    schedule_in_this_process,
-    summary,
-)
-from revmux_vllm.bench.settings import most_tokens, read_model
+from revmux_vllm.bench.cli import measuring, read_rungs
+from revmux_vllm.bench.lengths import Lengths
+from revmux_vllm.bench.offline import Prompts, Rate, run
+from revmux_vllm.bench.settings import OfflineSettings
 from revmux_vllm.bench.tables import offline_table
 from revmux_vllm.config import RevMuxConfig
+from revmux_vllm.errors import UserError
 from revmux_vllm.rungs import Rung, parse_rungs
+from revmux_vllm.terminal import AsJson, make_console
 
 MAX_MODEL_LEN = 512
 VOCAB_SIZE = 32_000
@@ -83,17 +74,18 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 RUNGS = parse_rungs(["mux:2", "mux:4", "mux:8", "merge:2", "merge:4", "merge:2+mux:2"])
-CONFIGURATIONS = [(rung, 3) for rung in RUNGS] + [(Rung(mux=4), 1)]  # rung, prefill layers l
+CUTS: dict[int, tuple[Rung, ...]] = {3: RUNGS, 1: (Rung(mux=4),)}
+"""Prefill layers l to the rungs that are measured there."""
 
 
-def write_shape(folder: Path, family: str, prefill_layers: int) -> None:
+def write_shape(folder: Path, family: str, prefill_layers: int, rungs: tuple[Rung, ...]) -> None:
     """A folder that describes the benchmark's model; its weights are drawn at random."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     words = ("negative", "positive")
     revmux = RevMuxConfig(
-        RUNGS,
+        rungs,
         prefill_layers,
         adapter_hidden_size=768,
         label_words=words if family == "t5" else None,
@@ -109,6 +101,18 @@ def write_shape(folder: Path, family: str, prefill_layers: int) -> None:
     ).save_pretrained(folder)
 
 
+def write_cuts(root: Path, family: str, rungs: tuple[Rung, ...] | None) -> tuple[str, ...]:
+    """The folders of a family's shape, one for every cut that has some of ``rungs``, or of all."""
+    folders = []
+    for cut, own in CUTS.items():
+        if chosen := tuple(rung for rung in own if rungs is None or rung in rungs):
+            folders.append(f"{root / family}-l{cut}")
+            write_shape(Path(folders[-1]), family, cut, chosen)
+    if not folders:
+        raise UserError("`rungs`", expected=f"some of {', '.join(map(str, RUNGS))}", found=rungs)
+    return tuple(folders)
+
+
 class BatchedT5:
     """Transformers' T5 with random weights, as one would run it without an engine."""
 
@@ -122,7 +126,7 @@ class BatchedT5:
         config = T5Config(**shape | {"is_encoder_decoder": True})
         self.model = T5ForConditionalGeneration(config).to(getattr(torch, dtype)).eval()
 
-    def rate(self, prompts: list[list[int]], rung: None) -> float:
+    def rate(self, prompts: Prompts) -> float:
         """Requests per second; prompts of similar length share a batch."""
         import torch
 
@@ -149,108 +153,35 @@ def main(
     tokens: Annotated[int, typer.Option(help="Tokens per random prompt.")] = 64,
     rounds: Annotated[int, typer.Option(help="Rounds after one warm-up.")] = 5,
     dtype: Annotated[str, typer.Option(help="Engine dtype.")] = "float32",
-    as_json: Annotated[bool, typer.Option("--json", help="JSON on standard output.")] = False,
+    as_json: AsJson = False,
     write: Annotated[
         Path | None, typer.Option(help="Only write the shape of --family to this new folder.")
     ] = None,
 ) -> None:
     """Measure the ratio of every configuration to plain vLLM."""
-    schedule_in_this_process()
-    if family not in SHAPES:
-        raise typer.BadParameter(f"--family {family}: expected {', '.join(SHAPES)}")
-    if write is not None:
-        write_shape(write, family, CONFIGURATIONS[0][1])
-        return
-    if model:
-        report = of_checkpoint(model, texts, rungs, requests, rounds, dtype)
-    else:
-        rng = random.Random(0)
-        prompts = [[rng.randrange(1, VOCAB_SIZE) for _ in range(tokens)] for _ in range(requests)]
-        report = of_shape(family, chosen(CONFIGURATIONS, rungs), prompts, rounds, dtype)
+    with measuring():
+        if family not in SHAPES:
+            raise UserError("`family`", expected=" or ".join(SHAPES), found=family)
+        if write is not None:
+            cut = next(iter(CUTS))
+            write_shape(write, family, cut, CUTS[cut])
+            return
+        console, chosen = make_console(stderr=True), read_rungs(rungs or None)
+        with tempfile.TemporaryDirectory(prefix="revmux-shapes-") as root:
+            beside: dict[str, Rate] = {}
+            if model:
+                kind = OfflineSettings((model,), Lengths("texts"), chosen, texts=texts)
+            else:
+                folders = write_cuts(Path(root), family, chosen)
+                kind = OfflineSettings(folders, Lengths("fixed", tokens), load_format="dummy")
+                if family == "t5":
+                    beside["transformers"] = BatchedT5(SHAPES[family], dtype).rate
+            settings = replace(kind, requests=requests, rounds=rounds, dtype=dtype)
+            report = run(settings, console, beside)
     if as_json:
         print(json.dumps(report))
     else:
-        Console().print(offline_table(report))
-
-
-def chosen(own: list[tuple[Rung, int]], rungs: str) -> list[tuple[Rung, int]]:
-    """The configurations of some rungs; all for none."""
-    wanted = parse_rungs(rungs.split(",")) if rungs else [rung for rung, _ in own]
-    if not (found := [(rung, cut) for rung, cut in own if rung in wanted]):
-        raise typer.BadParameter(f"--rungs {rungs}: none of {', '.join(str(r) for r, _ in own)}")
-    return found
-
-
-def of_checkpoint(
-    model: str, texts: Path | None, rungs: str, requests: int, rounds: int, dtype: str
-) -> dict[str, Any]:
-    """What ``revmux bench offline`` measures."""
-    from transformers import AutoTokenizer
-
-    if texts is None:
-        raise typer.BadParameter("--model needs --texts")
-    try:
-        folder, config, values = read_model(model)
-    except ValueError as error:
-        raise typer.BadParameter(f"--model: {error}") from error
-    own = chosen([(rung, config.prefill_layers) for rung in config.rungs], rungs)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    most = most_tokens(folder, tokenizer)
-    prompts = make_prompts(tokenizer, Lengths("texts"), most, 0, texts, requests)
-    return compare(
-        folder,
-        config,
-        values,
-        prompts,
-        rungs=[rung for rung, _ in own],
-        rounds=rounds,
-        console=Console(stderr=True),
-        dtype=dtype,
-    )
-
-
-def of_shape(
-    family: str,
-    configurations: list[tuple[Rung, int]],
-    prompts: list[list[int]],
-    rounds: int,
-    dtype: str,
-) -> dict[str, Any]:
-    """Random weights, an engine for every cut."""
-    cuts = dict.fromkeys(cut for _, cut in configurations)
-    values, layers = SHAPES[family], COMMON["num_hidden_layers"]
-    plain_name = values["architectures"][0].removeprefix("RevMux")
-    with ExitStack() as stack:
-        root = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        progress = stack.enter_context(Progress(console=Console(stderr=True)))
-        task = progress.add_task("starting engines", total=len(cuts) + (family != "t5"))
-
-        def start(cut: int, plain: str | None) -> Engine:
-            if not (root / f"l{cut}").exists():
-                write_shape(root / f"l{cut}", family, cut)
-            options = {"dtype": dtype, "max_model_len": MAX_MODEL_LEN, "load_format": "dummy"}
-            engine = Engine(str(root / f"l{cut}"), plain, **options)
-            stack.callback(engine.close)
-            progress.advance(task)
-            return engine
-
-        engines = {cut: start(cut, None) for cut in cuts}
-        contenders: list[Contender] = [
-            ((rung, cut), engines[cut], rung) for rung, cut in configurations
-        ]
-        first = next(iter(cuts))
-        if family == "t5":
-            contenders.append(("transformers", BatchedT5(values, dtype), None))
-            contenders.append(("plain", engines[first], Rung()))
-        else:
-            contenders.append(("plain", start(first, plain_name), None))
-        rates = measure(contenders, prompts, rounds, progress)
-    rows = [summary(rates[own], rates["plain"], *own, layers) for own in configurations]
-    report = as_report(prompts, rounds, dtype, rates["plain"], rows)
-    if family == "t5":
-        report["baseline"] = "width 1"
-        report["transformers_requests_per_s"] = statistics.median(rates["transformers"])
-    return report
+        make_console().print(offline_table(report))
 
 
 if __name__ == "__main__":

@@ -14,8 +14,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from lone_scheduler import lone_scheduler
 from rich.console import Console
 from rich.table import Table
+
+from revmux_vllm.terminal import AsJson
 
 LENGTHS = (100, 300, 1_000, 3_000, 10_000, 30_000, 100_000)
 SHAPE = {
@@ -41,8 +44,6 @@ SHAPE = {
 def make_scheduler(folder: Path, policy: str) -> Any:
     """The engine's scheduler without an engine."""
     from vllm.engine.arg_utils import EngineArgs
-
-    from revmux_vllm.bench.scheduler import lone_scheduler
 
     (folder / "config.json").write_text(json.dumps(SHAPE))
     config = EngineArgs(
@@ -84,29 +85,29 @@ class Queue:
         """Milliseconds of one planned step, and of them those that are not vLLM's own."""
         from vllm.v1.request import RequestStatus
 
-        self.scheduler.counts.clear()
+        self.scheduler.planner.counts.clear()
         start = time.perf_counter()
         output = self.scheduler.schedule()
         total_ms = 1e3 * (time.perf_counter() - start)
         names = list(output.num_scheduled_tokens)
         self.scheduler.finish_requests(names, RequestStatus.FINISHED_ABORTED)
-        return total_ms, self.scheduler.counts["us", "plan"] / 1e3
+        return total_ms, self.scheduler.planner.counts["us", "plan"] / 1e3
 
 
 def padding(scheduler: Any) -> float:
     """Composite rows times streams over real tokens, less one, of the last step."""
-    counts = scheduler.counts
+    counts = scheduler.planner.counts
     return float(counts["composite_slots", ""] / counts["composite_tokens", ""] - 1)
 
 
 def main(
     rounds: Annotated[int, typer.Option(min=5, help="Steps measured at every length.")] = 50,
     policy: Annotated[str, typer.Option(help="As in --additional-config revmux.")] = "fixed:4",
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object, no table.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Plan steps over queues of growing length; median, and lowest to highest, in milliseconds."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    report = []
+    report: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         scheduler = make_scheduler(Path(folder), policy)
         queue = Queue(scheduler)

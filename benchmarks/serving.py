@@ -8,6 +8,7 @@ What is compared runs in one Ray cluster (two applications under two prefixes) o
 beside it, is up all the time, and is asked in alternating order, ``--rounds`` times. Every engine
 computes with one thread. The client is on the same machine; where it must not compete for the
 cores (``replicas``) it sends few requests of many texts each, so HTTP and client take little time.
+One file, because the three commands share how servers are started, asked and compared.
 
 MODEL may be a folder of `benchmarks/offline.py --write FOLDER`, with ``--load-format dummy`` among
 ``--vllm-args``.
@@ -34,9 +35,9 @@ from rich.progress import Progress
 from rich.table import Table
 
 from revmux_vllm.bench.lengths import Lengths, choose_texts, make_texts
+from revmux_vllm.bench.local_server import LocalServer
 from revmux_vllm.bench.metrics import parse_rung_counts
-from revmux_vllm.bench.settings import most_tokens, read_model
-from revmux_vllm.local_server import LocalServer
+from revmux_vllm.bench.workload import most_tokens, read_model, read_tokenizer
 from revmux_vllm.rungs import Rung
 from revmux_vllm.terminal import unwound_on_sigterm
 
@@ -92,11 +93,9 @@ def _wait_ready(address: str) -> None:
 
 def texts_of(model: str, lengths: str) -> list[str]:
     """The benchmark's texts for a model."""
-    from transformers import AutoTokenizer
-
     mix, file = choose_texts(Lengths.parse(lengths), None)
-    folder, _, _ = read_model(model, "dummy")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    folder = read_model(model, "dummy").folder
+    tokenizer = read_tokenizer(folder)
     return make_texts(tokenizer, mix, most_tokens(folder, tokenizer), 0, file)
 
 
@@ -269,7 +268,7 @@ def router(
     common: dict[str, Any] = {"model": model, "vllm_args": vllm_args, "replicas": engines}
     common["cpus_per_replica"] = 0.2  # more engines than cores: they share them
     pack = common | ({} if fill_ms is None else {"fill_ms": fill_ms})
-    with applications(rival=common | {"router": "power-of-two"}, pack=pack) as urls:
+    with applications(power_of_two=common | {"router": "power-of-two"}, pack=pack) as urls:
         callers = {name: Caller(url, model, sent) for name, url in urls.items()}
         bursts = {name: callers[name].burst(texts, 128) for name in callers}
         bursts = {name: callers[name].burst(texts, 128) for name in callers}

@@ -22,11 +22,12 @@ from rich.progress import BarColumn, MofNCompleteColumn
 from rich.table import Table
 
 from revmux_vllm import checkpoint
+from revmux_vllm.bench.local_server import ServerError
 from revmux_vllm.bench.metrics import mixed_layer_limit
 from revmux_vllm.bench.servers import PLAIN, check_alive, progress_bar, server_pair, wait_for
 from revmux_vllm.bundled import resolve
-from revmux_vllm.local_server import ServerError
-from revmux_vllm.terminal import unwound_on_sigterm
+from revmux_vllm.errors import UserError
+from revmux_vllm.terminal import AsJson, unwound_on_sigterm
 
 MODEL = "revmux-llama"
 # vLLM's workers spin for a second after their last step (shm_broadcast.py, SpinCondition).
@@ -171,14 +172,14 @@ def main(
     rounds: Annotated[int, typer.Option(min=5, help="Measured bursts to each server.")] = 5,
     concurrency: Annotated[int, typer.Option(min=1, help="Requests under way at once.")] = 128,
     rows: Annotated[int, typer.Option(min=1, help="Sentences to show.")] = 16,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object, no tables.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Classify bundled sentences with revmux-llama and with its backbone alone, and compare."""
     texts = SENTENCES.read_text(encoding="utf-8").splitlines()
     try:
         with unwound_on_sigterm():
             result = run(texts, rounds, concurrency)
-    except (ServerError, ValueError) as error:
+    except (ServerError, UserError) as error:
         progress_console.print(str(error), style="red", markup=False, highlight=False)
         raise typer.Exit(1) from error
     if as_json:

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from revmux_vllm.errors import UserError
+
 _HERE = Path(__file__).resolve().parent
 
 
@@ -18,11 +20,13 @@ def resolve(name: str | Path) -> Path:
     """A folder: the path itself if there is one of that name, else the bundled checkpoint.
 
     Raises:
-        ValueError: listing the bundled names.
+        UserError: listing the bundled names.
     """
     if Path(name).is_dir():
         return Path(name)
     bundled = bundled_checkpoints()
     if str(name) not in bundled:
-        raise ValueError(f"{name}: no such folder; bundled are {', '.join(bundled) or 'none'}")
+        raise UserError(
+            f"{name}", "no such folder", cure=f"bundled are {', '.join(bundled) or 'none'}"
+        )
     return bundled[str(name)]

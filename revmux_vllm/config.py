@@ -1,13 +1,13 @@
 """What the ``revmux`` object of a checkpoint's ``config.json`` says.
 
-Every mistake in it is collected and raised at once, in the spelling of the file, before an engine
-or a trainer starts.
+Every mistake in it is collected and raised at once, before an engine or a trainer starts.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from revmux_vllm.errors import UserError, raise_all, within
 from revmux_vllm.rungs import Rung, parse_rungs
 
 FORMAT_VERSION = 2
@@ -32,7 +32,7 @@ class RevMuxConfig:
         format_version: version of the checkpoint format.
 
     Raises:
-        ValueError: naming every field whose value cannot work, with what was expected.
+        UserError: naming every field whose value cannot work, with what was expected.
     """
 
     rungs: tuple[Rung, ...]
@@ -48,43 +48,33 @@ class RevMuxConfig:
     def __post_init__(self) -> None:
         if isinstance(self.label_words, list):
             object.__setattr__(self, "label_words", tuple(self.label_words))
-        problems = []
-        if self.format_version != FORMAT_VERSION:
-            problems.append(
-                f"revmux.format_version: expected {FORMAT_VERSION}, found {self.format_version!r}; "
-                "this checkpoint was written by another version of revmux-vllm"
-            )
+        mistakes = [
+            self._mistake_of("prefill_layers", _is_positive_int, "at least 1"),
+            self._mistake_of(
+                "adapter_type", ADAPTER_TYPES.__contains__, f"one of {', '.join(ADAPTER_TYPES)}"
+            ),
+            self._mistake_of("adapter_hidden_size", _is_positive_int, "at least 1"),
+            *(self._mistake_of(key, _is_bool, "true or false") for key in ("skip", "pairs")),
+            self._mistake_of("label_words", _are_different_words, "at least two different words"),
+            self._mistake_of(
+                "backbone", lambda name: name is None or isinstance(name, str), "a path or hub id"
+            ),
+        ]
         if not self.rungs:
-            problems.append("revmux.rungs: expected at least one, such as mux:2")
-        if not _is_int(self.prefill_layers) or self.prefill_layers < 1:
-            problems.append(
-                f"revmux.prefill_layers: expected at least 1, found {self.prefill_layers!r}"
-            )
-        if self.adapter_type not in ADAPTER_TYPES:
-            problems.append(
-                f"revmux.adapter_type: expected one of {', '.join(ADAPTER_TYPES)}, "
-                f"found {self.adapter_type!r}"
-            )
-        if not _is_int(self.adapter_hidden_size) or self.adapter_hidden_size < 1:
-            problems.append(
-                "revmux.adapter_hidden_size: expected at least 1, "
-                f"found {self.adapter_hidden_size!r}"
-            )
-        for key in ("skip", "pairs"):
-            if not isinstance(value := getattr(self, key), bool):
-                problems.append(f"revmux.{key}: expected true or false, found {value!r}")
-        words = self.label_words
-        if words is not None and (
-            not isinstance(words, tuple)
-            or len(set(words)) < 2
-            or not all(isinstance(word, str) and word for word in words)
-        ):
-            problems.append(
-                f"revmux.label_words: expected at least two different words, found {words!r}"
-            )
-        if self.backbone is not None and not isinstance(self.backbone, str):
-            problems.append(f"revmux.backbone: expected a path or hub id, found {self.backbone!r}")
-        _raise(problems)
+            mistakes.insert(0, UserError("`rungs`", expected="at least one, such as mux:2"))
+        if self.format_version != FORMAT_VERSION:
+            problem = f"expected {FORMAT_VERSION}, found {self.format_version!r}"
+            cure = "this checkpoint was written by another version of revmux-vllm"
+            mistakes.insert(0, UserError("`format_version`", problem, cure=cure))
+        raise_all([mistake for mistake in mistakes if mistake])
+
+    def _mistake_of(
+        self, key: str, is_right: Callable[[Any], bool], expected: str
+    ) -> UserError | None:
+        value = getattr(self, key)
+        if is_right(value):
+            return None
+        return UserError(f"`{key}`", expected=expected, found=value)
 
     def kind(self, rung: Rung) -> tuple[Rung, ...]:
         """``rung`` and what serves those whom it leaves over: as merged, and no wider.
@@ -98,26 +88,35 @@ class RevMuxConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "RevMuxConfig":
-        """Read the ``revmux`` object. Unknown and missing keys are errors that name them."""
+        """Read the ``revmux`` object of a ``config.json``.
+
+        Raises:
+            UserError: in the spelling of the file; unknown and missing keys are named.
+        """
         if not isinstance(values, Mapping):
-            raise ValueError(f"revmux: expected an object in config.json, found {values!r}")
+            raise UserError("revmux", f"expected an object in config.json, found {values!r}")
+        with within("", as_key):
+            return cls._read(values)
+
+    @classmethod
+    def _read(cls, values: Mapping[str, Any]) -> "RevMuxConfig":
         known = {field.name for field in fields(cls)}
         required = {"rungs", "prefill_layers", "adapter_type", "format_version"}
-        problems = [
-            f"revmux.{key}: unknown key; known are {', '.join(sorted(known))}"
+        mistakes = [
+            UserError(f"revmux.{key}", f"unknown key; known are {', '.join(sorted(known))}")
             for key in sorted(set(values) - known)
         ]
-        problems += [f"revmux.{key}: missing" for key in sorted(required - set(values))]
+        mistakes += [UserError(f"`{key}`", "missing") for key in sorted(required - set(values))]
         rungs: tuple[Rung, ...] = ()
         names = values.get("rungs", [])
         if not isinstance(names, list | tuple):
-            problems.append(f"revmux.rungs: expected a list, found {names!r}")
+            mistakes.append(UserError("`rungs`", expected="a list", found=names))
         else:
             try:
                 rungs = parse_rungs(names)
-            except ValueError as error:
-                problems.append(f"revmux.rungs: {error}")
-        _raise(problems)
+            except UserError as error:
+                mistakes.append(UserError("`rungs`", str(error)))
+        raise_all(mistakes)
         return cls(**dict(values) | {"rungs": rungs})
 
     def to_dict(self) -> dict[str, Any]:
@@ -126,25 +125,25 @@ class RevMuxConfig:
         rungs = [str(rung) for rung in self.rungs]
         return asdict(self) | {"rungs": rungs, "label_words": words}
 
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """Streams N of the rungs that only multiplex, ascending."""
-        return tuple(rung.mux for rung in self.rungs if rung.merge == 1 and rung.mux > 1)
-
     def check_backbone(self, hidden_size: int, num_layers: int) -> None:
-        """Raise ValueError if a backbone of this shape cannot carry these rungs."""
-        problems = [
-            f"revmux.rungs: {rung}: {rung.mux} does not divide the backbone's hidden_size "
-            f"{hidden_size}"
+        """Raise UserError if a backbone of this shape cannot carry these rungs."""
+        mistakes = [
+            UserError(
+                "`rungs`",
+                f"{rung}: {rung.mux} does not divide the backbone's hidden_size {hidden_size}",
+            )
             for rung in self.rungs
             if hidden_size % rung.mux
         ]
         if self.prefill_layers >= num_layers:
-            problems.append(
-                f"revmux.prefill_layers: expected fewer than the backbone's {num_layers} layers, "
-                f"found {self.prefill_layers}"
+            mistakes.append(
+                UserError(
+                    "`prefill_layers`",
+                    expected=f"fewer than the backbone's {num_layers} layers",
+                    found=self.prefill_layers,
+                )
             )
-        _raise(problems)
+        raise_all(mistakes)
 
 
 def layer_limit(saving: float, prefill_layers: int, num_layers: int) -> float:
@@ -159,10 +158,22 @@ def layer_limit(saving: float, prefill_layers: int, num_layers: int) -> float:
     return 1 / (lower + (1 - lower) / saving)
 
 
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def as_key(name: str) -> str:
+    """An option as ``config.json`` has it."""
+    return f"revmux.{name}"
 
 
-def _raise(problems: list[str]) -> None:
-    if problems:
-        raise ValueError("\n".join(problems))
+def _is_positive_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_bool(value: object) -> bool:
+    return isinstance(value, bool)
+
+
+def _are_different_words(words: object) -> bool:
+    if words is None:
+        return True
+    if not isinstance(words, tuple) or len(set(words)) < 2:
+        return False
+    return all(isinstance(word, str) and word for word in words)

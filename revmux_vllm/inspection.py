@@ -1,22 +1,34 @@
-"""What a checkpoint folder is, without loading its backbone."""
+"""What a checkpoint folder is, without loading its backbone: ``revmux inspect``."""
 
+import json
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoConfig
+from rich.console import Console
+from rich.table import Table
 
-from revmux_vllm import bundled, checkpoint
-from revmux_vllm.backbones import model_class
 from revmux_vllm.config import RevMuxConfig, layer_limit
+from revmux_vllm.terminal import AsJson, Folder, make_console, mendable_errors
+
+
+def inspect(folder: Folder, as_json: AsJson = False) -> None:
+    """What a checkpoint is: backbone, rungs, parameters added, layer limits, accuracies."""
+    with mendable_errors():
+        facts = describe(folder)
+    if as_json:
+        print(json.dumps(facts))
+    else:
+        _print_facts(facts, str(folder), make_console())
 
 
 def describe(folder: str | Path) -> dict[str, Any]:
     """The facts that ``revmux inspect`` prints.
 
     Raises:
-        ValueError: when it is not a checkpoint, or a broken one.
+        UserError: when it is not a checkpoint, or a broken one.
     """
+    from revmux_vllm import bundled, checkpoint
+
     folder = bundled.resolve(folder)
     config = checkpoint.validate(folder)
     _, values = checkpoint.read_config(folder)
@@ -53,7 +65,48 @@ def describe(folder: str | Path) -> dict[str, Any]:
 
 def _count_parameters(folder: Path, config: RevMuxConfig) -> int:
     """Of the backbone, by its config alone: its weights may be on the hub."""
+    import torch
+    from transformers import AutoConfig
+
+    from revmux_vllm.backbones.loading import model_class
+
     hf_config = AutoConfig.from_pretrained(folder)
     with torch.device("meta"):
         model = model_class(hf_config, config.label_words).from_config(hf_config)
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _print_facts(facts: dict[str, Any], title: str, console: Console) -> None:
+    table = Table(title=title, show_header=False)
+    for key, value in facts.items():
+        if not isinstance(value, dict | list) or key == "label_words":
+            table.add_row(key.replace("_", " "), _plain(value))
+    console.print(table)
+    rungs = Table()
+    for column in ("rung", "limit", "added", "of backbone", "speed-up", "accuracy"):
+        rungs.add_column(column, no_wrap=True)
+    for rung, row in facts["rungs"].items():
+        accuracy = row["accuracy"]
+        rungs.add_row(
+            rung,
+            f"{row['layer_limit']:.2f}x",
+            f"{row['parameters']:,}",
+            f"{100 * row['parameters_share']:.1f} %",
+            f"{row['speedup']:.2f}x" if accuracy else "",
+            f"{100 * accuracy['mean']:.1f} %" if accuracy else "not measured",
+        )
+    console.print(rungs)
+    if facts["early_exit"]:
+        exits = Table("early exit after layer", "speed-up", "accuracy")
+        for row in facts["early_exit"]:
+            shares = f"{row['speedup']:.2f}x", f"{100 * row['accuracy']:.1f} %"
+            exits.add_row(str(row["layer"]), *shares)
+        console.print(exits)
+
+
+def _plain(value: Any) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, float):
+        return f"{100 * value:.1f} %"
+    return f"{value:,}" if isinstance(value, int) else str(value)

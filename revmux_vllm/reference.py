@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from revmux_vllm.adapters import AdapterLadder, ExitHead, RungAdapter
+from revmux_vllm.adapters.kinds import AdapterLadder, RungAdapter
+from revmux_vllm.adapters.merging import merged_tokens
 from revmux_vllm.backbones.base import Backbone, inside
-from revmux_vllm.merging import TokenMerge, merged_tokens
 from revmux_vllm.rungs import Rung
 
 
@@ -37,110 +37,90 @@ def rows_at(hidden: Tensor, position: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Composites:
-    """What the upper layers run on.
+class Passed:
+    """G composites of N members behind the upper layers, where each member is read.
 
     Attributes:
-        rows: (G, T', D).
-        lengths: (G, N) rows that each member takes part in; the carrier's are the first.
-        positions: (G, T') of every row in its sequence, where rows are merged tokens; else None.
-        streams: (G, T', N, S) down-projected members before they are mixed; None where N is 1.
+        adapter: of their rung.
+        rows: (G*N, D) the upper layers' output; None where none ran.
+        stream: (G*N,) which stream of its composite each member is.
+        skip: (G*N, 2, D), see ``skip_state``.
+        streams: (G, T', N, S) the members before they were mixed; None where nothing is.
     """
 
-    rows: Tensor
-    lengths: Tensor
-    positions: Tensor | None
+    adapter: RungAdapter
+    rows: Tensor | None
+    stream: Tensor
+    skip: Tensor
     streams: Tensor | None
 
+    def read(self, with_skip: bool = True) -> Tensor:
+        """The members' vectors (G, N, D)."""
+        vectors = self.adapter.read(self.rows, self.stream, self.skip if with_skip else None)
+        return vectors.unflatten(0, (-1, self.adapter.rung.mux))
 
-def multiplex(
-    backbone: Backbone, adapter: RungAdapter, hidden: Tensor, lengths: Tensor
-) -> Composites:
-    """G composites of a rung.
+
+def run_upper(backbone: Backbone, adapter: RungAdapter, hidden: Tensor, lengths: Tensor) -> Passed:
+    """Run G composites of a rung through the upper layers.
 
     Args:
-        backbone: says which token of a sequence is pooled.
+        backbone: frozen.
         adapter: of the rung.
         hidden: (G, N, T, D) after the prefill layers, right-padded.
         lengths: (G, N) int64, the longest first.
     """
-    rows, positions, streams = hidden, None, None
-    if adapter.merger is not None:
-        merged, flat, positions = merge(backbone, adapter.merger, hidden.flatten(0, 1), lengths)
+    num_groups, width = lengths.shape
+    flat = lengths.flatten()
+    skip = skip_state(hidden.flatten(0, 1), flat, backbone.pooled_position(flat))
+    stream = torch.arange(width, device=lengths.device).repeat(num_groups)
+    if not adapter.runs_upper_layers:
+        return Passed(adapter, None, stream, skip, None)
+    rows, positions = hidden, None
+    if adapter.rung.merge > 1:
+        merged, flat, positions = merge(backbone, adapter, hidden.flatten(0, 1), flat)
         rows = merged.unflatten(0, lengths.shape)
         positions = positions.unflatten(0, lengths.shape)[:, 0]
-        lengths = flat.view_as(lengths)
-    if adapter.mux is None:
-        return Composites(rows[:, 0], lengths, positions, None)
-    num_groups, width, num_rows, hidden_size = rows.shape
-    present = inside(lengths.flatten(), num_rows).view(num_groups, width, num_rows)
-    streams = adapter.mux.down_project(
-        rows.transpose(1, 2).reshape(-1, width, hidden_size),  # (G*T', N, D)
-        present.transpose(1, 2).reshape(-1, width),
-    )
-    rows = adapter.mux.mix(streams).unflatten(0, (num_groups, num_rows))
-    return Composites(rows, lengths, positions, streams.unflatten(0, (num_groups, num_rows)))
+    rows, streams = multiplex(adapter, rows, flat)
+    out = backbone.upper(rows, flat.view_as(lengths)[:, 0], positions)
+    read_at = rows_at(out.repeat_interleave(width, 0), backbone.output_position(flat))
+    return Passed(adapter, read_at, stream, skip, streams)
 
 
 def merge(
-    backbone: Backbone, merger: TokenMerge, hidden: Tensor, lengths: Tensor
+    backbone: Backbone, adapter: RungAdapter, hidden: Tensor, lengths: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Neighbouring rows of (B, T, D) merged: rows (B, R, D), rows (B,) of each, positions (B, R).
 
     A merged row stands at the position of its last token.
     """
-    tokens, num_rows = merged_tokens(lengths.flatten(), merger.factor, backbone.pools_first)
+    tokens, num_rows = merged_tokens(lengths, adapter.rung.merge, backbone.pools_first)
     present = tokens >= 0  # (B, R, M)
     sequence = torch.arange(len(hidden), device=hidden.device)[:, None]
     rows = hidden[sequence, tokens.clamp(min=0).flatten(1)].unflatten(1, tokens.shape[1:])
     # Behind a sequence there is nothing to merge; its first slot stands in.
     present[..., 0] = True
-    merged = merger(rows.flatten(0, 1), present.flatten(0, 1)).unflatten(0, tokens.shape[:2])
-    return merged, num_rows, tokens.amax(-1).clamp(min=0)
+    merged = adapter.merge(rows.flatten(0, 1), present.flatten(0, 1))
+    return merged.unflatten(0, tokens.shape[:2]), num_rows, tokens.amax(-1).clamp(min=0)
 
 
-def demultiplex(
-    backbone: Backbone,
-    adapter: RungAdapter,
-    out: Tensor,
-    composites: Composites,
-    hidden: Tensor,
-    lengths: Tensor,
-    with_skip: bool = True,
-) -> Tensor:
-    """The members' vectors (G, N, D) from the upper layers' output (G, T', D).
+def multiplex(adapter: RungAdapter, rows: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Composite rows (G, T', D), and their streams, from members' rows (G, N, T', D).
 
-    ``hidden`` and ``lengths`` are those that ``multiplex`` was given. ``with_skip`` False: from the
-    composite alone, which training asks for.
+    ``lengths`` (G*N,): rows of each member.
     """
-    num_groups, width = lengths.shape
-    skip = _skip_of_members(backbone, hidden, lengths) if with_skip else None
-    position = backbone.output_position(composites.lengths.flatten())
-    read_at = rows_at(out.repeat_interleave(width, 0), position)  # (G*N, D)
-    stream = torch.arange(width, device=out.device).repeat(num_groups)
-    return adapter.read(read_at, stream, skip).unflatten(0, (num_groups, width))
-
-
-def exit_vectors(
-    backbone: Backbone, exit_head: ExitHead, hidden: Tensor, lengths: Tensor
-) -> Tensor:
-    """Vectors (G, N, D) read off the prefill states; arguments as for ``multiplex``."""
-    return exit_head(_skip_of_members(backbone, hidden, lengths)).unflatten(0, lengths.shape)
-
-
-def _skip_of_members(backbone: Backbone, hidden: Tensor, lengths: Tensor) -> Tensor:
-    """(G, N, T, D) and (G, N) to (G*N, 2, D)."""
-    flat = lengths.flatten()
-    return skip_state(hidden.flatten(0, 1), flat, backbone.pooled_position(flat))
+    num_groups, width, num_rows, hidden_size = rows.shape
+    present = inside(lengths, num_rows).view(num_groups, width, num_rows)
+    mixed, streams = adapter.multiplex(
+        rows.transpose(1, 2).reshape(-1, width, hidden_size),  # (G*T', N, D)
+        present.transpose(1, 2).reshape(-1, width),
+    )
+    shape = num_groups, num_rows
+    return mixed.unflatten(0, shape), None if streams is None else streams.unflatten(0, shape)
 
 
 def run_rung(backbone: Backbone, adapter: RungAdapter, hidden: Tensor, lengths: Tensor) -> Tensor:
-    """The members' vectors (G, N, D) of G composites; arguments as for ``multiplex``."""
-    if adapter.exit is not None:
-        return exit_vectors(backbone, adapter.exit, hidden, lengths)
-    composites = multiplex(backbone, adapter, hidden, lengths)
-    out = backbone.upper(composites.rows, composites.lengths[:, 0], composites.positions)
-    return demultiplex(backbone, adapter, out, composites, hidden, lengths)
+    """The members' vectors (G, N, D) of G composites; arguments as for ``run_upper``."""
+    return run_upper(backbone, adapter, hidden, lengths).read()
 
 
 @torch.no_grad()

@@ -1,18 +1,21 @@
 """What the commands share: how they print, and how they end on what the user can mend."""
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from sys import stderr
-from typing import NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
+from revmux_vllm.errors import UserError
+
 PLOTS = (".png", ".svg", ".pdf")
-RESUME = "An unfinished training keeps its last checkpoint: --resume continues it"
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
+Folder = Annotated[Path, typer.Argument(help="Checkpoint folder, or a bundled name.")]
 
 
 def make_console(stderr: bool = False) -> Console:
@@ -21,34 +24,37 @@ def make_console(stderr: bool = False) -> Console:
 
 
 def check_plot(path: Path | None) -> None:
-    """Raise ValueError unless ``path`` is None or ends as a picture does."""
+    """Raise UserError unless ``path`` is None or ends as a picture does."""
     if path is not None and path.suffix not in PLOTS:
-        raise ValueError(f"--plot {path}: expected a file ending in {', '.join(PLOTS)}")
+        raise UserError("`plot`", expected=f"a file ending in {', '.join(PLOTS)}", found=path)
+
+
+def as_flag(name: str) -> str:
+    """An option as it is typed: ``--hold-out``."""
+    return f"--{name.replace('_', '-')}"
 
 
 @contextmanager
-def mendable_errors(output: Path | None = None) -> Iterator[None]:
+def mendable_errors(advice: Callable[[], str] = lambda: "") -> Iterator[None]:
     """What the user can mend ends the command with one message and status 2.
 
-    ``output``: of a training, whose last checkpoint can be continued if there is one.
+    That is a ``UserError``, what the operating system says of a file, and Ctrl-C. Everything else
+    is a bug and keeps its traceback.
+
+    Args:
+        advice: what to add where the work stopped half way: how it goes on.
     """
 
     def stopped(message: str) -> NoReturn:
-        if output is not None:
-            from revmux_vllm.checkpoint import WORK_FOLDER
-            from revmux_vllm.training.trainer import unfinished
-
-            if unfinished(output / WORK_FOLDER):
-                message = f"{message}. {RESUME}"
-        fail(message)
+        fail(". ".join(part for part in (message, advice()) if part))
 
     try:
         yield
-    except ImportError as error:
-        fail(f"{error}; in a clone of this repository `pip install -e '.[train]'` cures it")
-    except ValueError as error:
-        fail(str(error))
+    except UserError as error:
+        fail(error.words(as_flag, typed=True))
     except OSError as error:
+        if error.errno is None:  # not said by the operating system
+            raise
         stopped(str(error))
     except KeyboardInterrupt:
         print(file=stderr)  # below the progress bar

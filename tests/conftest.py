@@ -20,10 +20,11 @@ from typer.testing import CliRunner
 from word_tokenizers import VOCAB_SIZE, word_tokenizer
 
 from revmux_vllm import checkpoint
-from revmux_vllm.adapters import AdapterLadder
+from revmux_vllm.adapters.kinds import AdapterLadder
 from revmux_vllm.cli import app
 from revmux_vllm.config import RevMuxConfig
-from revmux_vllm.costs import Backlog
+from revmux_vllm.engine.in_process import InProcessEngine
+from revmux_vllm.planning.costs import Backlog
 from revmux_vllm.rungs import Rung, parse_rungs
 
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
@@ -227,50 +228,36 @@ class ByCrowd:
         return tuple(rung for rung in self._rungs if needed[rung] <= backlog.num_requests)
 
 
-class RecordingEngine:
-    """``vllm.LLM`` that keeps the plan of every step it ran; by crowd, whatever the load."""
+class RecordingEngine(InProcessEngine):
+    """Keeps the plan of every step it ran; by crowd, whatever the load."""
 
     def __init__(self, model: Path, **options: Any) -> None:
-        from vllm import LLM
-
         options = {
             "dtype": "float32",
             "enforce_eager": True,
-            "distributed_executor_backend": "mp",
             "kv_cache_memory_bytes": 64 << 20,
         } | options
-        with pytest.MonkeyPatch.context() as patch:
-            # With the scheduler in this process a test can record its plans.
-            patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-            self.llm = LLM(model=str(model), **options)
+        super().__init__(model, quiet=False, **options)
         self.plans: list[Any] = []
-        core: Any = self.llm.llm_engine.engine_core
-        self.scheduler = core.engine_core.scheduler
-        schedule = self.scheduler.schedule
-        if revmux := getattr(self.scheduler, "revmux", None):
-            self.scheduler.mux_policy = ByCrowd(tuple(r for r in revmux.rungs if not r.exit))
+        if self.is_multiplexed:
+            own = self.planner.config.rungs
+            self.planner.policy = ByCrowd(tuple(rung for rung in own if not rung.exit))
+        scheduler = self.scheduler
+        schedule = scheduler.schedule
 
         def recording(*args: Any, **kwargs: Any) -> Any:
             output = schedule(*args, **kwargs)
             self.plans.append(getattr(output, "mux_plan", None))
             return output
 
-        self.scheduler.schedule = recording
+        scheduler.schedule = recording
 
-    def classify(
+    def answers(
         self, prompts: list[list[int]], salts: list[str] | None = None
     ) -> tuple[torch.Tensor, list[tuple[int, ...]], list[Rung]]:
         """Probabilities (B, C), the groups that they were computed in, and these groups' rungs."""
-        from vllm import TokensPrompt
-
         self.plans.clear()
-        outputs = self.llm.classify(
-            [
-                TokensPrompt(prompt_token_ids=prompt) | ({"cache_salt": salts[i]} if salts else {})
-                for i, prompt in enumerate(prompts)
-            ],
-            use_tqdm=False,
-        )
+        outputs = self.classify(prompts, salts=salts)
         index = {output.request_id: i for i, output in enumerate(outputs)}
         plans = [plan for plan in self.plans if plan is not None]
         groups = [
@@ -281,9 +268,6 @@ class RecordingEngine:
         ]
         rungs = [rung for plan in plans for rung in plan.rungs]
         return torch.tensor([output.outputs.probs for output in outputs]), groups, rungs
-
-    def close(self) -> None:
-        self.llm.llm_engine.engine_core.shutdown()
 
 
 @pytest.fixture

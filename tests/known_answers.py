@@ -16,8 +16,8 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 from word_tokenizers import VOCAB_SIZE, word_tokenizer
 
 from revmux_vllm import checkpoint
-from revmux_vllm.adapters import AdapterLadder
-from revmux_vllm.backbones import load_backbone
+from revmux_vllm.adapters.kinds import AdapterLadder
+from revmux_vllm.backbones.loading import load_backbone
 from revmux_vllm.config import RevMuxConfig
 from revmux_vllm.reference import classify
 from revmux_vllm.rungs import parse_rungs

@@ -9,8 +9,9 @@ import transformers
 from conftest import save_backbone
 from word_tokenizers import VOCAB_SIZE, word_tokenizer
 
-from revmux_vllm.backbones import FAMILIES, label_tokens, load_backbone
 from revmux_vllm.backbones.base import inside
+from revmux_vllm.backbones.loading import label_tokens, load_backbone
+from revmux_vllm.families import FAMILIES
 from revmux_vllm.reference import rows_at
 
 WORDS = ["w7", "w8", "w9"]
@@ -76,7 +77,7 @@ def test_a_word_of_several_tokens_is_named() -> None:
 @pytest.mark.parametrize(
     ("family", "words", "message"),
     [
-        ("t5", None, "give --label-words"),
+        ("t5", None, "give label_words, one word per class"),
         ("bert", WORDS, "has a head of its own"),
         ("gpt2", None, "'gpt2' is not supported; supported are bert, roberta, llama"),
     ],

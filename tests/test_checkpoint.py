@@ -152,7 +152,7 @@ def test_writing_again_leaves_nothing_of_before(folder: Path, tmp_path: Path) ->
 def test_the_bundled_checkpoint_is_whole_and_small() -> None:
     folder = bundled.resolve("revmux-llama")
     config = checkpoint.validate(folder)
-    assert config.widths == (2, 4, 8)
+    assert [rung.mux for rung in config.rungs if rung.mux > 1] == [2, 4, 8]
     rungs = {"exit", "mux:2", "mux:4", "mux:8", "merge:2", "merge:4"}
     assert checkpoint.read_report(folder)["rungs"].keys() == rungs
     assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 25e6

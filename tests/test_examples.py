@@ -12,8 +12,9 @@ from bursts import Answer
 from demo import Result
 
 from revmux_vllm import layer_limit
+from revmux_vllm.bench.local_server import LocalServer
 from revmux_vllm.bench.metrics import mixed_layer_limit, parse_rung_counts
-from revmux_vllm.local_server import LocalServer
+from revmux_vllm.engine.environment import untouched
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 POSITIVE, NEGATIVE = "A warm, funny and beautifully acted film", "The plot makes no sense"
@@ -30,15 +31,9 @@ vllm:request_success_total{engine="0",model_name="revmux-llama"} 320.0
 """
 
 
-def user_environment() -> dict[str, str]:
-    """What a user's shell has: conftest.py's single-process engine is for engine tests only."""
-    return {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
-
-
 def run_example(*command: str) -> str:
-    done = subprocess.run(
-        command, env=user_environment(), capture_output=True, text=True, timeout=500
-    )
+    with untouched():  # what a user's shell has, without what engines of other tests have set
+        done = subprocess.run(command, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -49,7 +44,9 @@ def line_with(text: str, output: str) -> str:
 
 @pytest.fixture(scope="module")
 def server_url() -> Iterator[str]:
-    with LocalServer("revmux-llama", ["--enforce-eager"], env=user_environment()) as server:
+    with untouched():
+        server = LocalServer("revmux-llama", ["--enforce-eager"], env=os.environ)
+    with server:
         server.wait_ready(timeout_s=400)
         yield server.base_url
 

@@ -2,20 +2,24 @@
 
 import json
 import random
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+import typer
+from router_simulation.engine import Engine
+from router_simulation.routers import ROUTERS, PackAware
+from router_simulation.setting import Calibration, Setting
+from router_simulation.simulation import Simulation, measure
+from router_simulation.traffic import Request, Traffic
+from simulate_router import main
 from typer.testing import CliRunner
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import simulate_router as simulation  # noqa: E402
-from simulate_router import Calibration, PackAware, Request, Setting, Simulation  # noqa: E402
-
-from revmux_vllm.serving.messages import Work  # noqa: E402
+from revmux_vllm.planning.costs import Budgets
+from revmux_vllm.planning.options import read_options
+from revmux_vllm.planning.planner import StepPlanner, Waiting
+from revmux_vllm.rungs import row_counts
+from revmux_vllm.serving.messages import Work
 
 BASE = Setting(replicas=4)
 
@@ -28,7 +32,7 @@ def test_the_engine_is_the_measured_one() -> None:
     assert Calibration().tokens_per_s / alone == pytest.approx(2.27, rel=0.02)
 
 
-@pytest.mark.parametrize("router", simulation.STYLES)
+@pytest.mark.parametrize("router", ROUTERS)
 def test_every_request_is_answered_once(router: str) -> None:
     simulated = Simulation(replace(BASE, router=router, fronts=2, tenants=0.3))
     answered: list[Request] = []
@@ -40,7 +44,7 @@ def test_every_request_is_answered_once(router: str) -> None:
 
     simulated._answer = counted  # type: ignore[method-assign]
     tally = simulated.run()
-    traffic, expected = simulation.Traffic(simulated.setting), 0
+    traffic, expected = Traffic(simulated.setting), 0
     while traffic.next():
         expected += 1
     assert len(answered) == len(set(map(id, answered))) == expected
@@ -53,32 +57,32 @@ def test_every_request_is_answered_once(router: str) -> None:
 
 def test_the_same_traffic_and_seed_give_the_same_numbers() -> None:
     def measured(setting: Setting) -> dict[str, object]:
-        return simulation.measure(setting) | {"cpu_s": None}
+        return measure(setting) | {"cpu_s": None}
 
     assert measured(BASE) == measured(BASE)
     assert measured(BASE) != measured(replace(BASE, seed=1))
-    others = [replace(BASE, router=router) for router in simulation.STYLES]
-    assert len({simulation.measure(setting)["requests"] for setting in others}) == 1
+    others = [replace(BASE, router=router) for router in ROUTERS]
+    assert len({measure(setting)["requests"] for setting in others}) == 1
 
 
 def test_one_replica_is_the_same_for_every_router() -> None:
     alone = replace(BASE, replicas=1)
-    rows = [simulation.measure(replace(alone, router=name)) for name in simulation.STYLES]
+    rows = [measure(replace(alone, router=name)) for name in ROUTERS]
     assert len({(row["p99_ms"], row["width"]) for row in rows}) == 1
 
 
 def test_light_load_is_answered_by_the_backbone() -> None:
-    row = simulation.measure(replace(BASE, router="power-of-two", load=0.03, shape=1.0, peak=1.0))
+    row = measure(replace(BASE, router="power-of-two", load=0.03, shape=1.0, peak=1.0))
     assert row["width"] < 1.05
     assert row["p50_ms"] == pytest.approx(170, rel=0.3)
     assert row["throughput_per_s"] == pytest.approx(row["offered_per_s"], rel=0.1)
 
 
 def test_packing_is_wider_and_computes_less() -> None:
-    packed = simulation.measure(replace(BASE, load=0.3, fill_s=0.5))
-    rival = simulation.measure(replace(BASE, load=0.3, router="power-of-two"))
-    assert packed["width"] > 1.2 * rival["width"]
-    assert packed["busy"] < rival["busy"]
+    packed = measure(replace(BASE, load=0.3, fill_s=0.5))
+    other = measure(replace(BASE, load=0.3, router="power-of-two"))
+    assert packed["width"] > 1.2 * other["width"]
+    assert packed["busy"] < other["busy"]
 
 
 def request(replica: int, tokens: int = 10) -> Request:
@@ -100,20 +104,53 @@ def test_the_books_are_those_of_the_router() -> None:
     assert books.loads[0].elsewhere == 0, "Ray forgets after ten seconds"
 
 
-def test_what_was_copied_from_the_scheduler() -> None:
-    source = (ROOT / "revmux_vllm/engine/scheduler.py").read_text()
-    assert f"\nRATE_HORIZONS = {simulation.RATE_HORIZONS}\n" in source
+def test_its_engines_plan_as_the_planner_does() -> None:
+    """A queue that grows from step to step: every step is what a planner made by hand says."""
+    calibration = Calibration(rungs=("mux:2", "mux:4", "merge:2"), max_tokens=256, max_requests=12)
+    costs = calibration.costs()
+    engine = Engine(calibration, costs)
+    config = calibration.config
+    budgets = Budgets(calibration.max_tokens, calibration.max_requests)
+    planner = StepPlanner(config, read_options({}, config), calibration.layers, budgets, 0.0, costs)
+    assert type(engine.planner) is StepPlanner
+    rng = random.Random(0)
+    waiting: list[Waiting] = []
+    now, used = 0.0, set()
+    for number in range(200):
+        for _ in range(rng.choice([0, 1, 2, 9]) if number < 150 else 0):
+            tokens, tenant = rng.randint(1, 60), rng.choice([None, None, "a", "b"])
+            arrived_s = now + rng.random() / 100
+            engine.add(Request(now, tokens, Work(4 * tokens, 6, tenant), front=0), arrived_s)
+            waiting.append(Waiting(str(engine.num_received), tokens, tenant, arrived_s=arrived_s))
+            planner.arrive(tokens)
+        now += rng.random() / 100
+        if not waiting:
+            continue
+        step = planner.choose(waiting, len(waiting), calibration.max_requests, now)
+        composites, seconds = engine.start(now)
+        assert composites == step.composites
+        tokens = sum(member.num_tokens for member in step.members)
+        rows = sum(
+            row_counts(max(m.num_tokens for m in group), rung.merge) for rung, group in composites
+        )
+        assert seconds == costs.seconds(tokens, rows)
+        assert [request.tokens for request in engine.running] == [
+            m.num_tokens for m in step.members
+        ]
+        waiting = [record for record in waiting if record not in step.members]
+        assert engine.waiting == waiting
+        used |= {str(rung) for rung, _ in composites}
+        now += seconds
+    assert used > {"alone", "mux:4"}
 
 
 def test_command(tmp_path: Path) -> None:
-    import typer
-
     calibration, report, picture = (tmp_path / name for name in ("c.json", "r.json", "p.png"))
     calibration.write_text(json.dumps(asdict(Calibration(rungs=("mux:2", "merge:2")))))
     words = ["--replicas", "1,3", "--seconds", "30", "--load", "0.3"]
     words += ["--calibrate", str(calibration), "--output", str(report), "--plot", str(picture)]
     app = typer.Typer()
-    app.command()(simulation.main)
+    app.command()(main)
     done = CliRunner().invoke(app, [*words, "--json"])
     assert done.exit_code == 0, done.output
     points = json.loads(done.stdout)["points"]
@@ -121,8 +158,11 @@ def test_command(tmp_path: Path) -> None:
     assert [point["replicas"] for point in points] == [1, 1, 1, 3, 3, 3]
     assert picture.stat().st_size > 10_000
     calibration.write_text('{"layers": 12}')
+    wrong_number = tmp_path / "wrong.json"
+    wrong_number.write_text(json.dumps(asdict(Calibration()) | {"prefill_layers": 0}))
     for wrong, message in (
         (["--calibrate", str(calibration)], "expected the keys layers, max_requests"),
+        (["--calibrate", str(wrong_number)], "prefill_layers: expected at least 1, found 0"),
         (["--replicas", "1,none"], "expected positive integers, found 'none'"),
         (["--routers", "random"], "expected some of pack-aware"),
         (["--plot", "x.txt"], "expected a file ending in"),

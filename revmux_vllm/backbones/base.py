@@ -3,10 +3,12 @@
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from revmux_vllm.families import family_of
 
 MIN_LENGTH_RATIO = 0.8  # of a batch's longest sequence; what is shorter waits for the next batch
 
@@ -28,13 +30,13 @@ class Backbone(nn.Module, ABC):
         pools_first: the pooled row is a sequence's first one; else it is the last.
     """
 
-    pools_first: ClassVar[bool] = False
     layers: list[nn.Module]
 
     def __init__(self, model: Any, prefill_layers: int, head: nn.Module | None) -> None:
         super().__init__()
         model.requires_grad_(False).eval()
         self.config = model.config
+        self.pools_first = family_of(model.config.model_type).pools_first
         assert head is not None
         self.prefill_layers = prefill_layers
         self.classifier = head

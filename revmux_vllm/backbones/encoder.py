@@ -11,8 +11,6 @@ from revmux_vllm.backbones.base import Backbone, inside, shared_copy
 class EncoderBackbone(Backbone):
     """Read at ``[CLS]``, through the backbone's own pooler where it has one."""
 
-    pools_first = True
-
     def __init__(self, model: Any, prefill_layers: int, head: nn.Module | None = None) -> None:
         trunk = model.base_model
         super().__init__(model, prefill_layers, head or FirstTokenHead(trunk.pooler, model))

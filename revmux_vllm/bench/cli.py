@@ -4,19 +4,26 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from revmux_vllm.bench.failures import MeasuringError
+from revmux_vllm.engine.plain import PlainEngineError
+from revmux_vllm.errors import require, within
 from revmux_vllm.rungs import Rung, parse_rungs
 from revmux_vllm.terminal import (
+    AsJson,
     check_plot,
+    fail,
     make_console,
     mendable_errors,
     unwound_on_sigterm,
 )
+
+EXTRA = "bench"
+"""Of this package: what the commands need beside vLLM."""
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
 
@@ -41,7 +48,6 @@ LoadFormat = Annotated[
     typer.Option(help="`dummy` draws weights at random, for a folder that has none."),
 ]
 Seed = Annotated[int, typer.Option(help="Of the texts and the arrivals.")]
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
 Output = Annotated[Path | None, typer.Option(help="File to write the same JSON object to.")]
 
 
@@ -80,35 +86,30 @@ def offline(
 ) -> None:
     """The engine alone: every rung against plain vLLM, without HTTP or tokenising.
 
+    A backbone that answers with label words, which vLLM alone cannot serve, is compared with itself
+    alone on the same engine.
+
     Example: `revmux bench offline revmux-llama --rungs mux:4,merge:2`.
     """
-    with _measuring():
-        from transformers import AutoTokenizer
+    with measuring():
+        require("vllm", extra=EXTRA)
+        from revmux_vllm.bench.lengths import Lengths
+        from revmux_vllm.bench.offline import run
+        from revmux_vllm.bench.settings import OfflineSettings
 
-        from revmux_vllm.bench import settings
-        from revmux_vllm.bench.lengths import Lengths, choose_texts, make_prompts
-        from revmux_vllm.bench.offline import compare, schedule_in_this_process
-
-        _require("vllm")
-        schedule_in_this_process()
-        mix, file = choose_texts(Lengths.parse(lengths), texts)
-        folder, config, values = settings.read_model(model, load_format)
-        chosen = _own_rungs(rungs, config.rungs)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        most = settings.most_tokens(folder, tokenizer)
-        report = compare(
-            folder,
-            config,
-            values,
-            make_prompts(tokenizer, mix, most, seed, file, requests),
-            rungs=chosen,
+        settings = OfflineSettings(
+            (model,),
+            Lengths.parse(lengths),
+            rungs=read_rungs(rungs),
+            requests=requests,
             rounds=rounds,
-            console=make_console(stderr=True),
-            dtype=_dtype(dtype),
-            load_format=load_format or "auto",
+            texts=texts,
+            dtype=dtype,
+            load_format=load_format,
             enforce_eager=enforce_eager,
+            seed=seed,
         )
-    report = {"model": model, "lengths": str(mix)} | report
+        report = {"model": model} | run(settings, make_console(stderr=True))
     _hand_over(report, as_json, output)
     if not as_json:
         from revmux_vllm.bench.tables import offline_table
@@ -116,6 +117,7 @@ def offline(
         make_console().print(offline_table(report))
 
 
+# Long because the options of the command are declared here.
 @app.command()
 def online(
     model: Model,
@@ -160,19 +162,21 @@ def online(
     Example: `revmux bench online revmux-llama --loads 0.5,1,2 --arrivals bursty --plot load.png`.
     The default takes about twenty minutes.
     """
-    with _measuring():
+    with measuring():
         check_plot(plot)
-        _require("vllm", "pandas", *(["matplotlib"] if plot else []))
+        drawing = ["matplotlib"] if plot else []
+        require("vllm", "httpx", "pandas", *drawing, extra=EXTRA)
         from revmux_vllm.bench.lengths import Lengths
+        from revmux_vllm.bench.online import run
         from revmux_vllm.bench.settings import (
-            Settings,
-            prepare,
+            OnlineSettings,
             read_additional_config,
             read_loads,
             read_server_args,
         )
+        from revmux_vllm.bench.workload import prepare
 
-        settings = Settings(
+        settings = OnlineSettings(
             model,
             loads=read_loads(loads),
             seconds=seconds,
@@ -185,13 +189,7 @@ def online(
             load_format=load_format,
             seed=seed,
         )
-        workload = prepare(settings)
-        from revmux_vllm.bench.online import ClientError, ServerError, run
-
-        try:
-            report = run(settings, workload, make_console(stderr=True))
-        except (ClientError, ServerError) as error:
-            raise ValueError(str(error)) from error
+        report = run(settings, prepare(settings), make_console(stderr=True))
     _hand_over(report, as_json, output)
     if not as_json:
         from revmux_vllm.bench.summary import in_words
@@ -210,41 +208,24 @@ def online(
 
 
 @contextmanager
-def _measuring() -> Iterator[None]:
-    """Standard output is the report's, and what was started is stopped however this ends."""
+def measuring() -> Iterator[None]:
+    """Standard output is the report's, and what was started is stopped however this ends.
+
+    Where one of those failed, the command ends with its last words.
+    """
     with mendable_errors(), unwound_on_sigterm(), redirect_stdout(sys.stderr):
-        yield
+        try:
+            yield
+        except (MeasuringError, PlainEngineError) as error:
+            fail(str(error))
 
 
-def _require(*modules: str) -> None:
-    """Raise ValueError before any server starts for what is not installed."""
-    cures = {"vllm": "tools/install.sh installs vLLM"}
-    for name in modules:
-        if find_spec(name) is None:
-            cure = cures.get(name, "in a clone of this repository `pip install -e '.[train]'` does")
-            raise ValueError(f"{name} is not installed; {cure}")
-
-
-def _own_rungs(names: str | None, own: tuple[Rung, ...]) -> tuple[Rung, ...]:
-    """The rungs that ``names`` names, of the checkpoint's ``own``."""
+def read_rungs(names: str | None) -> tuple[Rung, ...] | None:
+    """``merge:2,mux:4``; None, which means all of the checkpoint, where nothing was given."""
     if names is None:
-        return own
-    try:
-        chosen = parse_rungs(name.strip() for name in names.split(","))
-    except ValueError as error:
-        raise ValueError(f"--rungs: {error}") from None
-    if missing := [str(rung) for rung in chosen if rung not in own]:
-        raise ValueError(
-            f"--rungs: the checkpoint has no {', '.join(missing)}; it has "
-            + ", ".join(map(str, own))
-        )
-    return chosen
-
-
-def _dtype(name: str) -> str:
-    from revmux_vllm.engine.bundled_names import native_dtype
-
-    return native_dtype() if name == "auto" else name
+        return None
+    with within("`rungs`"):
+        return parse_rungs(name.strip() for name in names.split(","))
 
 
 def _hand_over(report: dict[str, Any], as_json: bool, output: Path | None) -> None:

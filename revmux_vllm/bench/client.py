@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from revmux_vllm.bench.failures import MeasuringError
+
 POLL_S = 0.2
 GRACE_S = 5.0
 LOG_LINES = 15
@@ -23,7 +25,7 @@ LOG_LINES = 15
 DIRECT = {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
 
 
-class ClientError(RuntimeError):
+class ClientError(MeasuringError):
     """The client failed or did not end; the text holds its last lines."""
 
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from revmux_vllm.errors import UserError
+
 MEDIAN_TOKENS, SIGMA = 33, 0.8
 DISTINCT = 1000
 """Different texts of a mix; longer loads repeat them."""
@@ -29,31 +31,32 @@ class Lengths:
 
     @classmethod
     def parse(cls, text: str) -> "Lengths":
-        """Raises ValueError naming what was expected."""
+        """Raises UserError naming what was expected."""
         kind, _, number = text.partition(":")
         if kind in ("texts", "lognormal") and text == kind:
             return cls(kind)
         if kind == "fixed" and number.isdecimal() and int(number) > 0:
             return cls(kind, int(number))
-        raise ValueError(f"--lengths {text}: expected texts, fixed:N (N tokens) or lognormal")
+        raise UserError("`lengths`", expected="texts, fixed:N (N tokens) or lognormal", found=text)
 
 
 def choose_texts(lengths: Lengths, texts: Path | None) -> tuple[Lengths, Path | None]:
     """The mix and its file: without one ``texts`` are the examples' sentences, or ``lognormal``.
 
     Raises:
-        ValueError: if ``texts`` is given and would not be read, or holds nothing.
+        UserError: if ``texts`` is given and would not be read, or holds nothing.
     """
     if texts is None:
         if lengths.kind == "texts" and not SENTENCES.is_file():
             return Lengths("lognormal"), None
         return lengths, SENTENCES if lengths.kind == "texts" else None
+    what = f"`texts` {texts}"
     if lengths.kind != "texts":
-        raise ValueError(f"--texts {texts}: --lengths {lengths} makes its own; give one of them")
+        raise UserError(what, f"`lengths` {lengths} makes its own", cure="give one of them")
     if not texts.is_file():
-        raise ValueError(f"--texts {texts}: no such file; expected one with a text on every line")
+        raise UserError(what, "no such file", cure="expected one with a text on every line")
     if not _lines(texts):
-        raise ValueError(f"--texts {texts}: empty; expected a text on every line")
+        raise UserError(what, "empty", cure="expected a text on every line")
     return lengths, texts
 
 
@@ -70,19 +73,17 @@ def make_texts(
         texts: file of ``texts``, one a line.
 
     Raises:
-        ValueError: for ``fixed`` beyond ``most`` or below the special tokens, and for a tokenizer
+        UserError: for ``fixed`` beyond ``most`` or below the special tokens, and for a tokenizer
             without words.
     """
     if lengths.kind == "texts":
         if texts is None:
-            raise ValueError("--lengths texts: expected --texts FILE, one text a line")
+            raise UserError("`lengths` texts", expected="`texts` FILE, one text a line")
         return _lines(texts)
     least = _count(tokenizer, "") + 1
     if lengths.kind == "fixed" and not least <= lengths.tokens <= most:
-        raise ValueError(
-            f"--lengths {lengths}: expected {least} to {most} tokens, which is what the model "
-            "takes with its special tokens"
-        )
+        takes = f"{least} to {most} tokens, which is what the model takes with its special tokens"
+        raise UserError(f"`lengths` {lengths}", expected=takes)
     rng = random.Random(seed)
     words = known_words(tokenizer, rng)
     made = []
@@ -105,7 +106,7 @@ def known_words(tokenizer: Any, rng: random.Random) -> list[str]:
     """Up to ``NUM_WORDS`` words that are one token wherever they stand.
 
     Raises:
-        ValueError: if there are none.
+        UserError: if there are none.
     """
     ids = sorted(set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids))
     rng.shuffle(ids)
@@ -119,10 +120,8 @@ def known_words(tokenizer: Any, rng: random.Random) -> list[str]:
             if len(words) == NUM_WORDS:
                 break
     if not words:
-        raise ValueError(
-            "--lengths: this tokenizer has no word that is one token; use --lengths texts with "
-            "--texts FILE"
-        )
+        problem = "this tokenizer has no word that is one token"
+        raise UserError("`lengths`", problem, cure="use `lengths` texts with `texts` FILE")
     return words
 
 

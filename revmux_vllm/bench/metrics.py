@@ -14,6 +14,7 @@ import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 from revmux_vllm.config import layer_limit
+from revmux_vllm.errors import UserError
 from revmux_vllm.rungs import Rung
 
 SETTLE_S = 5.0
@@ -106,11 +107,11 @@ def mixed_layer_limit(counts: Mapping[str, int], prefill_layers: int, num_layers
     """``layer_limit`` of requests that ran at several rungs: their layer costs add up.
 
     Raises:
-        ValueError: if nothing ran.
+        UserError: if nothing ran.
     """
     total = sum(counts.values())
     if not total:
-        raise ValueError("no request was counted at any rung; is the revmux plugin active?")
+        raise UserError("no request was counted at any rung", cure="is the revmux plugin active?")
     cost = 0.0
     for name, n in counts.items():
         cost += n / layer_limit(Rung.parse(name).saving, prefill_layers, num_layers)

@@ -1,165 +1,220 @@
-"""Engine-only throughput against plain vLLM on the same backbone, in the same run.
+"""Engine-only throughput against the backbone alone, in the same run.
 
-Plain vLLM, every rung and the policy ``load`` over all of them classify the same prompts in turn,
-in alternating order; each ratio compares the two of one round. No HTTP and no tokenising: prompts
-are token ids. Schedulers run in this process, so that one engine serves several rungs.
+The backbone alone, every rung and the policy ``load`` over all of them classify the same prompts in
+turn, in alternating order; each ratio compares the two of one round. No HTTP and no tokenising:
+prompts are token ids. The backbone alone is plain vLLM in a process of its own, or RevMUX's engine
+at width 1 where vLLM has no class for it.
 """
 
-import os
 import statistics
 import time
-from collections.abc import Hashable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.progress import Progress
 
 from revmux_vllm import checkpoint
-from revmux_vllm.config import RevMuxConfig, layer_limit
+from revmux_vllm.bench.failures import MeasuringError
+from revmux_vllm.bench.settings import OfflineSettings
+from revmux_vllm.bench.workload import Model, prepare_prompts, read_model
+from revmux_vllm.config import layer_limit
+from revmux_vllm.engine.environment import set_inside
+from revmux_vllm.engine.in_process import InProcessEngine, variables
+from revmux_vllm.engine.plain import PlainEngine, PlainEngineError
+from revmux_vllm.engine.platform import native_dtype
+from revmux_vllm.errors import UserError
 from revmux_vllm.rungs import Rung
 
+PLAIN, ALONE = "plain vLLM", "alone"
+"""The baseline: the backbone under vLLM's own class, or at width 1 of the checkpoint's engine."""
+
 Prompts = list[list[int]]
+Rate = Callable[[Prompts], float]
+"""From prompts, which all wait at once, to requests per second."""
 
 
-class Rated(Protocol):
-    """What can be asked how fast it answers."""
-
-    def rate(self, prompts: Prompts, rung: Any) -> float:
-        """Requests per second; ``rung`` None for one that has none."""
-        ...
+class EngineError(MeasuringError):
+    """An engine did not start."""
 
 
-def schedule_in_this_process() -> None:
-    """Must come before the first import of vLLM, whose log then leaves standard output alone."""
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ["VLLM_LOGGING_STREAM"] = "ext://sys.stderr"
+class Row(NamedTuple):
+    """A row of the report: what runs on which model, and the rung whose layer limit it has."""
+
+    model: Model
+    label: str
+    rungs: Rung | tuple[Rung, ...]
+    limited_by: Rung
 
 
-class Engine:
-    """An engine, and how fast it answers at one rung, or at what the load asks for.
+def run(
+    settings: OfflineSettings, console: Console, beside: Mapping[str, Rate] | None = None
+) -> dict[str, Any]:
+    """Measure checkpoints against their backbone alone, and stop all engines whatever happens.
 
     Args:
-        model: checkpoint, or backbone alone.
-        plain: vLLM's own class that reads ``model``; None for a RevMUX checkpoint.
-        options: of ``vllm.LLM``.
+        settings: the options of the command.
+        console: for the progress.
+        beside: further contenders by name; the report has their ``NAME_requests_per_s``.
+
+    Returns:
+        What ``revmux bench offline --json`` prints, without the model's name.
+
+    Raises:
+        UserError: for a model or an option that cannot be measured.
+        EngineError: if an engine does not start.
     """
+    beside = beside or {}
+    models = [read_model(name, settings.load_format) for name in settings.models]
+    rows = [row for model in models for row in rows_of(model, settings.rungs)]
+    lengths, prompts = prepare_prompts(settings, models[0])
+    options = engine_options(settings, max(map(len, prompts)))
+    with Progress(console=console) as progress, ExitStack() as stack:
+        task = progress.add_task("starting the engines", total=len(models) + 1)
+        engines = {}
+        for model in models:
+            engines[model] = start_multiplexed(model, options, stack)
+            progress.advance(task)
+        baseline, alone = start_baseline(models[0], engines[models[0]], options, stack)
+        progress.advance(task)
+        contenders: dict[Any, Rate] = {row: at(engines[row.model], row.rungs) for row in rows}
+        contenders |= {**beside, baseline: alone}
+        rates = measure(contenders, prompts, settings.rounds, progress)
+    return {
+        "lengths": str(lengths),
+        "requests": len(prompts),
+        "mean_tokens": statistics.mean(map(len, prompts)),
+        "rounds": settings.rounds,
+        "dtype": options["dtype"],
+        "baseline": baseline,
+        "plain_requests_per_s": statistics.median(rates[baseline]),
+        **{f"{name}_requests_per_s": statistics.median(rates[name]) for name in beside},
+        "configurations": [as_object(row, rates[row], rates[baseline]) for row in rows],
+    }
 
-    def __init__(self, model: str, plain: str | None, **options: Any) -> None:
-        from vllm import LLM
 
-        if plain:
-            options["hf_overrides"] = {"architectures": [plain]}
-            options["kv_cache_memory_bytes"] = 1 << 30
-            options["enable_prefix_caching"] = False  # or repeated rounds are answered from it
-        if options.get("load_format") == "dummy":
-            options["skip_tokenizer_init"] = True  # such a folder may have none
-        self.llm = LLM(model, distributed_executor_backend="mp", **options)
+def rows_of(model: Model, rungs: tuple[Rung, ...] | None) -> list[Row]:
+    """The rows of a model: of each of ``rungs``, all of its own for None, and of ``load``.
 
-    def rate(self, prompts: Prompts, rungs: Rung | tuple[Rung, ...] | None) -> float:
-        """Requests per second: at one rung, by load among several, or None of plain vLLM."""
-        from vllm import TokensPrompt
+    Raises:
+        UserError: for a rung that the checkpoint lacks.
+    """
+    own = model.config.rungs
+    chosen = own if rungs is None else rungs
+    if missing := [str(rung) for rung in chosen if rung not in own]:
+        problem = f"the checkpoint has no {', '.join(missing)}; it has {', '.join(map(str, own))}"
+        raise UserError("`rungs`", problem)
+    by_load = tuple(rung for rung in chosen if not rung.exit)
+    widest = max((Rung(), *by_load), key=lambda rung: rung.saving)
+    single = [Row(model, str(rung), rung, rung) for rung in chosen]
+    return [*single, Row(model, "load", by_load, widest)]
 
-        if rungs is not None:
-            self._run_at(rungs)
-        inputs = [TokensPrompt(prompt_token_ids=prompt) for prompt in prompts]
+
+def engine_options(settings: OfflineSettings, longest: int) -> dict[str, Any]:
+    """Options of ``vllm.LLM`` for all engines.
+
+    Args:
+        settings: the options of the command.
+        longest: prompt, in tokens.
+    """
+    dtype, load_format = settings.dtype, settings.load_format or "auto"
+    with set_inside(variables(quiet=True)):  # how vLLM logs is decided by its first import
+        dtype = native_dtype() if dtype == "auto" else dtype
+    options = {
+        "dtype": dtype,
+        "load_format": load_format,
+        "max_model_len": longest,
+        "enforce_eager": settings.enforce_eager,
+    }
+    if load_format == "dummy":
+        options["skip_tokenizer_init"] = True  # prompts are token ids
+    return options
+
+
+def start_multiplexed(model: Model, options: dict[str, Any], stack: ExitStack) -> InProcessEngine:
+    """RevMUX's engine, closed with ``stack``; raises EngineError unless it starts."""
+    with _told(f"the engine of {model.name}", ValueError):  # vLLM refuses an option
+        engine = InProcessEngine(model.folder, **options)
+    stack.callback(engine.close)
+    return engine
+
+
+def start_baseline(
+    model: Model, engine: InProcessEngine, options: dict[str, Any], stack: ExitStack
+) -> tuple[str, Rate]:
+    """The backbone of a model alone, under vLLM's own class or at width 1 of its ``engine``."""
+    if model.plain_architecture is None:
+        return ALONE, at(engine, Rung())
+    folder = Path(stack.enter_context(TemporaryDirectory(prefix="revmux-plain-")))
+    with _told("plain vLLM", PlainEngineError):  # its process has printed more
+        plain = PlainEngine(
+            checkpoint.plain_backbone(model.folder, folder),
+            hf_overrides={"architectures": [model.plain_architecture]},
+            kv_cache_memory_bytes=1 << 30,
+            enable_prefix_caching=False,  # or repeated rounds are answered from it
+            **options,
+        )
+    stack.callback(plain.close)
+    return PLAIN, lambda prompts: len(prompts) / plain.seconds(prompts)
+
+
+@contextmanager
+def _told(what: str, kind: type[Exception]) -> Iterator[None]:
+    """EngineError in place of a ``kind`` of error that says why ``what`` does not start."""
+    try:
+        yield
+    except UserError:
+        raise
+    except kind as error:
+        raise EngineError(f"{what} does not start: {error}") from error
+
+
+def at(engine: InProcessEngine, rungs: Rung | tuple[Rung, ...]) -> Rate:
+    """How fast an engine answers at one rung, or at what the load asks for among several."""
+
+    def rate(prompts: Prompts) -> float:
+        engine.run_at(rungs)
         start = time.perf_counter()
-        self.llm.classify(inputs, use_tqdm=False)
+        engine.classify(prompts)
         return len(prompts) / (time.perf_counter() - start)
 
-    def _run_at(self, rungs: Rung | tuple[Rung, ...]) -> None:
-        """Give the scheduler its policy; ``Rung()`` is the backbone alone."""
-        from revmux_vllm.engine.policy import ByLoad, Fixed, Options
-
-        core: Any = self.llm.llm_engine.engine_core
-        scheduler = core.engine_core.scheduler
-        if isinstance(rungs, Rung):
-            scheduler.mux_policy = Fixed(scheduler.revmux.kind(rungs))
-        else:
-            budgets = scheduler.max_num_scheduled_tokens, scheduler.max_num_running_reqs
-            options = Options(rungs=rungs)
-            scheduler.mux_policy = ByLoad(scheduler.revmux, options, scheduler.costs, *budgets)
-
-    def close(self) -> None:
-        """End the engine's processes."""
-        self.llm.llm_engine.engine_core.shutdown()
-
-
-Contender = tuple[Hashable, Rated, Rung | tuple[Rung, ...] | None]
+    return rate
 
 
 def measure(
-    contenders: Sequence[Contender], prompts: Prompts, rounds: int, progress: Progress
+    contenders: Mapping[Any, Rate], prompts: Prompts, rounds: int, progress: Progress
 ) -> dict[Any, list[float]]:
     """Requests per second of every contender in every round, by name, after one round to warm up.
 
     Args:
-        contenders: name, what is asked, and at which rung; asked in this order and in the reverse
-            one by turns.
+        contenders: asked in this order and in the reverse one by turns.
+        prompts: token ids, the same for all.
+        rounds: after the one to warm up.
+        progress: where the rounds are shown.
     """
     task = progress.add_task("measuring", total=(rounds + 1) * len(contenders))
-    rates: dict[Any, list[float]] = {name: [] for name, *_ in contenders}
+    rates: dict[Any, list[float]] = {name: [] for name in contenders}
     for turn in range(rounds + 1):
-        for name, rated, rung in contenders if turn % 2 else reversed(contenders):
-            rates[name].append(rated.rate(prompts, rung))
+        for name in contenders if turn % 2 else reversed(contenders):
+            rates[name].append(contenders[name](prompts))
             progress.advance(task)
     return {name: own[1:] for name, own in rates.items()}
 
 
-def compare(
-    folder: Path,
-    config: RevMuxConfig,
-    values: Mapping[str, Any],
-    prompts: Prompts,
-    *,
-    rungs: Sequence[Rung],
-    rounds: int,
-    console: Console,
-    **options: Any,
-) -> dict[str, Any]:
-    """Measure a checkpoint against its backbone alone.
-
-    Args:
-        folder, config, values: as ``settings.read_model`` gives them.
-        prompts: token ids.
-        rungs: of the checkpoint's, those to measure.
-        options: of both engines; ``dtype`` is among them.
-
-    Returns:
-        What ``revmux bench offline --json`` prints.
-    """
-    schedule_in_this_process()
-    longest = max(map(len, prompts))
-    with ExitStack() as stack:
-        scratch = Path(stack.enter_context(TemporaryDirectory()))
-        progress = stack.enter_context(Progress(console=console))
-        starting = progress.add_task("starting two engines", total=2)
-        plain_folder = checkpoint.plain_backbone(folder, scratch)
-        plain_name = values["architectures"][0].removeprefix("RevMux")
-        engines = []
-        for model, plain in ((str(folder), None), (plain_folder, plain_name)):
-            engines.append(Engine(model, plain, max_model_len=longest, **options))
-            stack.callback(engines[-1].close)
-            progress.advance(starting)
-        by_load = tuple(rung for rung in rungs if not rung.exit)
-        contenders: list[Contender] = [(rung, engines[0], rung) for rung in rungs]
-        contenders += [("load", engines[0], by_load), ("plain", engines[1], None)]
-        rates = measure(contenders, prompts, rounds, progress)
-    cut, layers = config.prefill_layers, checkpoint.backbone_shape(dict(values))[1]
-    rows = [summary(rates[rung], rates["plain"], rung, cut, layers) for rung in rungs]
-    widest = max((Rung(), *by_load), key=lambda rung: rung.saving)
-    rows.append(summary(rates["load"], rates["plain"], widest, cut, layers) | {"rung": "load"})
-    return as_report(prompts, rounds, options["dtype"], rates["plain"], rows)
+def as_object(row: Row, rates: list[float], alone: list[float]) -> dict[str, Any]:
+    """A row of the report."""
+    cut, layers = row.model.config.prefill_layers, row.model.num_layers
+    return summary(rates, alone, row.limited_by, cut, layers) | {"rung": row.label}
 
 
 def summary(
-    rates: list[float], plain: list[float], rung: Rung, cut: int, layers: int
+    rates: list[float], alone: list[float], rung: Rung, cut: int, layers: int
 ) -> dict[str, Any]:
-    """Median and spread of one rung against plain vLLM, round by round."""
-    ratios = [mine / theirs for mine, theirs in zip(rates, plain, strict=True)]
+    """Median and spread of one rung against the backbone alone, round by round."""
+    ratios = [mine / theirs for mine, theirs in zip(rates, alone, strict=True)]
     limit = layer_limit(rung.saving, cut, layers)
     return {
         "rung": str(rung),
@@ -171,19 +226,4 @@ def summary(
         "ratios": ratios,
         "layer_limit": limit,
         "ratio_over_limit": statistics.median(ratios) / limit,
-    }
-
-
-def as_report(
-    prompts: Prompts, rounds: int, dtype: str, plain: list[float], rows: list[dict[str, Any]]
-) -> dict[str, Any]:
-    """``rows`` of ``summary`` and what they have in common."""
-    return {
-        "requests": len(prompts),
-        "mean_tokens": statistics.mean(map(len, prompts)),
-        "rounds": rounds,
-        "dtype": dtype,
-        "baseline": "plain vLLM",
-        "plain_requests_per_s": statistics.median(plain),
-        "configurations": rows,
     }

@@ -12,17 +12,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn
 
 from revmux_vllm.bench.client import ClientError, Load
+from revmux_vllm.bench.local_server import LocalServer
 from revmux_vllm.bench.metrics import mixed_layer_limit
 from revmux_vllm.bench.servers import PLAIN, check_alive, progress_bar, server_pair, wait_for
-from revmux_vllm.bench.settings import BURSTINESS, Settings, Workload
+from revmux_vllm.bench.settings import BURSTINESS, OnlineSettings
 from revmux_vllm.bench.summary import SIDES, summarise
 from revmux_vllm.bench.target import BURST_S, Target
-from revmux_vllm.local_server import LocalServer, ServerError
-
-__all__ = ["ClientError", "ServerError", "measure", "run"]
+from revmux_vllm.bench.workload import Workload
 
 
-def run(settings: Settings, workload: Workload, console: Console) -> dict[str, Any]:
+def run(settings: OnlineSettings, workload: Workload, console: Console) -> dict[str, Any]:
     """Start both servers, measure, and stop them whatever happens.
 
     Returns:
@@ -43,7 +42,7 @@ def run(settings: Settings, workload: Workload, console: Console) -> dict[str, A
 
 
 def measure(
-    settings: Settings, workload: Workload, servers: Sequence[LocalServer], console: Console
+    settings: OnlineSettings, workload: Workload, servers: Sequence[LocalServer], console: Console
 ) -> dict[str, Any]:
     """Capacity, then every load at both servers."""
     served = settings.model, PLAIN
@@ -51,7 +50,7 @@ def measure(
         name: Target(name, server, model, workload.texts, lambda: check_alive(servers))
         for name, server, model in zip(SIDES, servers, served, strict=True)
     }
-    shape = workload.prefill_layers, workload.num_layers
+    shape = workload.model.config.prefill_layers, workload.model.num_layers
     points = []
     with progress_bar(console, BarColumn(), MofNCompleteColumn()) as progress:
         task = progress.add_task("plain: capacity", total=1 + 2 * len(settings.loads))

@@ -12,8 +12,9 @@ from rich.console import Console
 from rich.progress import Progress, ProgressColumn, SpinnerColumn, TimeElapsedColumn
 
 from revmux_vllm import bundled, checkpoint
-from revmux_vllm.engine.bundled_names import native_dtype
-from revmux_vllm.local_server import LocalServer
+from revmux_vllm.bench.local_server import LocalServer
+from revmux_vllm.engine.environment import untouched
+from revmux_vllm.engine.platform import native_dtype
 
 PLAIN = "plain"
 # Two servers share one GPU: vLLM checks at start-up that so much of it is free, and does no more
@@ -50,8 +51,9 @@ def server_pair(
             LocalServer(model, ours),
             LocalServer(checkpoint.plain_backbone(folder, target), theirs),
         )
-        for server in servers:
-            stack.enter_context(server)
+        with untouched():  # neither finds what RevMUX has set in this process
+            for server in servers:
+                stack.enter_context(server)
         yield servers
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import httpx
 
 from revmux_vllm.bench.client import ClientError, Load, Outcome, run_client
+from revmux_vllm.bench.local_server import LocalServer
 from revmux_vllm.bench.metrics import Snapshot, settled
-from revmux_vllm.local_server import LocalServer
 
 CONCURRENCY = 128
 """Requests under way at once while capacity is measured."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from revmux_vllm.bundled import bundled_checkpoints
+from revmux_vllm.engine.platform import native_dtype
 
 
 def resolve_bundled_names() -> None:
@@ -48,19 +49,6 @@ def resolve_bundled_names() -> None:
 
     arg_utils.get_model_path = get_model_path
     arg_utils.EngineArgs.create_engine_config = create_engine_config
-
-
-def native_dtype() -> str:
-    """``float32`` on a CPU without bfloat16 instructions, where bfloat16 is several times slower.
-
-    Elsewhere ``auto``, which is the checkpoint's own.
-    """
-    import torch
-    from vllm.platforms import current_platform
-
-    if not current_platform.is_cpu():
-        return "auto"
-    return "auto" if torch.cpu._is_avx512_bf16_supported() else "float32"
 
 
 def folder_of(name: Any) -> str | None:

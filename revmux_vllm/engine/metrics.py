@@ -17,6 +17,7 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 from vllm.v1.metrics.stats import IterationStats, SchedulerStats
 
 from revmux_vllm.engine.stages import STAGES
+from revmux_vllm.planning.planner import Counts
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -25,15 +26,10 @@ logger = init_logger("vllm.revmux")
 
 _KEY = "revmux"
 _BUCKETS = tuple(m * 10.0**e for e in range(-4, 2) for m in (1, 2.5, 5))
-Counts = Counter[tuple[str, str]]
-"""What happened how often, by kind and label.
-
-Of kind ``us`` how many microseconds a stage took; of kind ``now`` no count but the present state.
-"""
 
 
 def put_counts(stats: SchedulerStats, counts: Mapping[tuple[str, str], int]) -> None:
-    """Put ``counts`` into ``stats``."""
+    """Put the planner's ``counts`` into ``stats``, and the present state, of kind ``now``."""
     stats.waiting_lora_adapters = {
         f"{_KEY}|{kind}|{label}": n for (kind, label), n in counts.items()
     }

@@ -15,14 +15,16 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.utils.math_utils import cdiv
 
 from revmux_vllm import checkpoint
-from revmux_vllm.backbones import most_positions
+from revmux_vllm.backbones.loading import most_positions
 from revmux_vllm.config import RevMuxConfig
-from revmux_vllm.engine.bundled_names import native_dtype
-from revmux_vllm.engine.plugin import ONE_PROCESS, POOL_FIRST_TOKEN, WITHOUT_KV_CACHE
-from revmux_vllm.engine.policy import read_options
+from revmux_vllm.engine.environment import set_for_good
+from revmux_vllm.engine.platform import native_dtype
+from revmux_vllm.errors import UserError
+from revmux_vllm.families import TENSOR_PARALLEL, Family, family_of
+from revmux_vllm.planning.options import read_options
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    from vllm.config import ModelConfig, VllmConfig
 
 logger = init_logger("vllm.revmux")
 
@@ -35,7 +37,7 @@ class RevMuxModelConfig(VerifyAndUpdateConfig):
         """Set what multiplexing needs.
 
         Raises:
-            ValueError: naming each option that cannot work as the user typed it, with the cure, or
+            UserError: naming each option that cannot work as the user typed it, with the cure, or
                 what is wrong with the checkpoint.
         """
         _refuse_impossible_options(vllm_config)
@@ -46,7 +48,7 @@ class RevMuxModelConfig(VerifyAndUpdateConfig):
         if vllm_config.load_config.load_format != "dummy":
             checkpoint.validate(vllm_config.model_config.model)
         # One seam is kept for the V1 model runner; V2 orders requests by itself.
-        os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+        set_for_good("VLLM_USE_V2_MODEL_RUNNER", "0")
         vllm_config.scheduler_config.scheduler_cls = "revmux_vllm.engine.scheduler.RevMuxScheduler"
         vllm_config.scheduler_config.async_scheduling = False
         vllm_config.parallel_config.worker_cls = "revmux_vllm.engine.worker.RevMuxWorker"
@@ -87,16 +89,14 @@ def _refuse_impossible_options(vllm_config: "VllmConfig") -> None:
             "between two layers of one worker; use 1, and --data-parallel-size or replicas to "
             "scale out"
         )
-    if parallel.tensor_parallel_size > 1 and model.architecture in ONE_PROCESS:
-        refused.append(
-            f"--tensor-parallel-size {parallel.tensor_parallel_size}: transformers' T5 runs in one "
-            "process; use 1, and --data-parallel-size or replicas to scale out"
-        )
+    family = _family(model)
+    if parallel.tensor_parallel_size > 1 and (reason := family.refuses.get(TENSOR_PARALLEL)):
+        refused.append(f"--tensor-parallel-size {parallel.tensor_parallel_size}: {reason}")
     if vllm_config.lora_config is not None:
         refused.append("--enable-lora: adapters of another kind; leave the option out")
     if vllm_config.speculative_config is not None:
         refused.append("--speculative-config: a classifier decodes nothing; leave the option out")
-    read_at = "CLS" if model.architecture in POOL_FIRST_TOKEN else "LAST"
+    read_at = "CLS" if family.pools_first else "LAST"
     pooler = model.pooler_config
     if pooler is not None and pooler.seq_pooling_type not in (None, read_at):
         refused.append(
@@ -111,7 +111,11 @@ def _refuse_impossible_options(vllm_config: "VllmConfig") -> None:
     if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1":
         refused.append("VLLM_USE_V2_MODEL_RUNNER=1: the V1 model runner is needed; unset it")
     if refused:
-        raise ValueError("RevMUX cannot run with\n  " + "\n  ".join(refused))
+        raise UserError("RevMUX cannot run with\n  " + "\n  ".join(refused))
+
+
+def _family(model: "ModelConfig") -> Family:
+    return family_of(model.hf_config.model_type)
 
 
 def _cap_length(vllm_config: "VllmConfig") -> None:
@@ -122,7 +126,7 @@ def _cap_length(vllm_config: "VllmConfig") -> None:
     """
     model = vllm_config.model_config
     positions = most_positions(model.hf_config)
-    if model.architecture in POOL_FIRST_TOKEN and positions and model.max_model_len > positions:
+    if _family(model).pools_first and positions and model.max_model_len > positions:
         model.max_model_len = vllm_config.scheduler_config.max_model_len = positions
 
 
@@ -139,7 +143,7 @@ def _size_kv_cache(vllm_config: "VllmConfig") -> None:
     )
     if cache.kv_cache_memory_bytes is not None or os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
         return
-    if model.architecture in WITHOUT_KV_CACHE:
+    if not _family(model).has_kv_cache:
         cache.kv_cache_memory_bytes = 1 << 20  # there is none, but vLLM would look for room
         return
     block_size = 128  # the largest that vLLM chooses by itself (platforms/cpu.py)

@@ -5,20 +5,9 @@ would stop them all: so it imports nothing heavy, and leaves all checks to ``Rev
 which vLLM calls only for our architectures.
 """
 
+from revmux_vllm.families import FAMILIES, FLOAT16
+
 SUPPORTED_VLLM = "0.32"
-FAMILIES = {
-    "decoder": ("Llama", "Mistral", "Qwen2", "Qwen3"),
-    "encoder": ("Bert", "Roberta"),
-    "t5": ("T5",),
-}
-MODELS = {
-    name: f"revmux_vllm.engine.models.{module}:{name}"
-    for module, families in FAMILIES.items()
-    for name in (f"RevMux{family}ForSequenceClassification" for family in families)
-}
-WITHOUT_KV_CACHE = tuple(name for name, path in MODELS.items() if ".decoder:" not in path)
-ONE_PROCESS = tuple(name for name, path in MODELS.items() if ".t5:" in path)
-POOL_FIRST_TOKEN = tuple(name for name, path in MODELS.items() if ".encoder:" in path)
 
 
 def register() -> None:
@@ -33,14 +22,13 @@ def register() -> None:
         from revmux_vllm.engine.bundled_names import resolve_bundled_names
         from revmux_vllm.engine.model_config import RevMuxModelConfig
 
-        for architecture, path in MODELS.items():
-            ModelRegistry.register_model(architecture, path)
-            MODELS_CONFIG_MAP[architecture] = RevMuxModelConfig
+        for family in FAMILIES.values():
+            ModelRegistry.register_model(family.architecture, family.engine_model)
+            MODELS_CONFIG_MAP[family.architecture] = RevMuxModelConfig
+            if FLOAT16 in family.refuses:
+                without = vllm_model_config._FLOAT16_NOT_SUPPORTED_MODELS
+                without[family.model_type] = family.refuses[FLOAT16]
         resolve_bundled_names()
-        # Its feed-forward layers overflow, and float16 is what vLLM takes for a float32 classifier.
-        vllm_model_config._FLOAT16_NOT_SUPPORTED_MODELS["t5"] = (
-            "T5 overflows in float16; --dtype bfloat16 or float32 is the cure"
-        )
     except Exception:
         init_logger("vllm.revmux").exception(
             "revmux-vllm could not register itself and is inactive; other models are not "

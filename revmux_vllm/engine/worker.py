@@ -13,7 +13,7 @@ from typing import Any
 from vllm.platforms import current_platform
 
 from revmux_vllm.engine.stages import clock
-from revmux_vllm.packing import MuxPlan
+from revmux_vllm.planning.packing import MuxPlan
 from revmux_vllm.rungs import Rung
 
 if current_platform.is_cpu():

@@ -15,10 +15,11 @@ from ray.serve.config import (
 )
 from ray.serve.handle import DeploymentHandle
 
+from revmux_vllm.engine.api_server import parse_arguments
+from revmux_vllm.engine.platform import is_cpu
 from revmux_vllm.serving.front import Front
 from revmux_vllm.serving.options import ServeOptions, locate
 from revmux_vllm.serving.replica import EngineReplica
-from revmux_vllm.serving.vllm_app import parse_arguments
 
 FRONT, ENGINE = "Front", "Engine"
 STATS_S, STALE_S = 2.0, 20.0
@@ -56,7 +57,7 @@ def app(options: ServeOptions) -> serve.Application:
     """What ``serve run revmux_vllm.serving:app KEY=VALUE ...`` deploys.
 
     Raises:
-        ValueError: if the model is none that can be served, or vLLM does not know an option.
+        UserError: if the model is none that can be served, or vLLM does not know an option.
     """
     model, served_name = locate(options.model, options.vllm_args)
     args = parse_arguments(model, served_name, options.vllm_args)
@@ -125,6 +126,4 @@ def _router(options: ServeOptions) -> RequestRouterConfig:
 def _gpus(options: ServeOptions, tensor_parallel_size: int) -> float:
     if options.gpus_per_replica is not None:
         return options.gpus_per_replica
-    from vllm.platforms import current_platform
-
-    return float(0 if current_platform.is_cpu() else tensor_parallel_size)
+    return float(0 if is_cpu() else tensor_parallel_size)

@@ -3,17 +3,26 @@
 import os
 import shlex
 import time
-from importlib.util import find_spec
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from revmux_vllm.terminal import make_console, mendable_errors, unwound_on_sigterm
+from revmux_vllm.errors import UserError, require, within
+from revmux_vllm.serving.batch_cli import batch as batch
+from revmux_vllm.terminal import as_flag, fail, make_console, mendable_errors, unwound_on_sigterm
+
+if TYPE_CHECKING:
+    from revmux_vllm.serving.options import ServeOptions
 
 POLL_S = 2.0
 DRAIN_OF_LOCAL_S = "3"
 
 
+class DeploymentFailed(RuntimeError):
+    """Ray Serve could not start the application, and why in its own words."""
+
+
+# Long because its signature is the command's options, each with its help.
 def serve(
     model: Annotated[
         str, typer.Argument(help="Checkpoint folder, bundled name or hub id.")
@@ -56,19 +65,14 @@ def serve(
     `serve deploy examples/ray_serve.yaml`; `docs/ray.md` has more.
     """
     with mendable_errors():
-        if find_spec("ray") is None:
-            from revmux_vllm.serving import RAY_IS_MISSING
-
-            raise ValueError(RAY_IS_MISSING)
+        require("ray", extra="ray")
         if environment:
             from revmux_vllm.serving.application import cluster_environment
 
             for name, value in cluster_environment().items():
                 print(f"export {name}={shlex.quote(value)}")
             return
-        from revmux_vllm.serving.options import read_options
-
-        values = {
+        own = {
             "model": model,
             "replicas": replicas,
             "max_replicas": max_replicas,
@@ -77,25 +81,49 @@ def serve(
             "fronts": fronts,
             "router": router,
             "vllm_args": vllm_args,
-            **dict(_pair(text) for text in option or []),
         }
-        _run(read_options(values), host, port, address)
+        options = _read(own, option or [])
+        try:
+            _run(options, host, port, address)
+        except DeploymentFailed as error:
+            fail(str(error))
+
+
+def _read(own: dict[str, Any], others: list[str]) -> "ServeOptions":
+    """The application's options: those that are the command's own, and KEY=VALUE.
+
+    Raises:
+        UserError: for each that is wrong, as it is typed.
+    """
+    from revmux_vllm.serving.options import ServeOptions, read_options
+
+    def spell(key: str) -> str:
+        if key == "model":
+            return "MODEL"
+        only_there = ServeOptions.model_fields.keys() - own.keys()
+        return f"--option {key}" if key in only_there else as_flag(key)
+
+    pairs = dict(_pair(text) for text in others)
+    with within("", spell):
+        return read_options(own | pairs)
 
 
 def _pair(text: str) -> tuple[str, str]:
     key, separator, value = text.partition("=")
     if not separator:
-        raise ValueError(f"--option {text}: expected KEY=VALUE")
+        raise UserError("`option`", expected="KEY=VALUE", found=text)
     return key, value
 
 
-def _run(options: Any, host: str, port: int, address: str | None) -> None:
+def _run(options: "ServeOptions", host: str, port: int, address: str | None) -> None:
     """Deploy, say when it is ready, and stay until interrupted.
 
     Raises:
-        ValueError: if the application cannot be deployed, with the reason.
+        UserError: if the options do not fit this machine or the cluster.
+        DeploymentFailed: if the application does not start.
     """
     from revmux_vllm.serving.application import app, prepare_environment
+    from revmux_vllm.serving.cluster import connect
 
     if address is None:
         # Nothing else stands before these fronts that would have to learn that they leave.
@@ -106,33 +134,47 @@ def _run(options: Any, host: str, port: int, address: str | None) -> None:
 
     console = make_console(stderr=True)
     if address is not None:
-        ray.init(address=address, namespace="serve", logging_level="WARNING")
+        connect(address, namespace="serve", logging_level="WARNING")
     with console.status(f"{options.model}: checking it and the options"):
         application = app(options)
     if address is None:
-        ray.init(address="local", namespace="serve", logging_level="WARNING")
+        connect(None, namespace="serve", logging_level="WARNING")
     try:
         with unwound_on_sigterm():  # in here, because Ray sets a handler that aborts
             _check_room(options, ray.cluster_resources())
-            serve.start(http_options={"host": host, "port": port})
             with console.status(f"starting {options.replicas} engines: minutes, the first time"):
-                serve.run(application, blocking=False, _local_testing_mode=False)
+                _deploy(application, host, port)
             url = f"http://{host}:{port}/classify"
             console.print(f"{options.model} answers at {url}", highlight=False)
             while True:
                 time.sleep(POLL_S)
-    except RuntimeError as error:
-        raise ValueError(str(error)) from error
     finally:
         serve.shutdown()
         ray.shutdown()
 
 
-def _check_room(options: Any, resources: dict[str, float]) -> None:
-    """Ray would wait for CPUs that never come."""
+def _deploy(application: Any, host: str, port: int) -> None:
+    """Returns when the engines answer.
+
+    Raises:
+        DeploymentFailed: for what Ray Serve raises, which has no type of its own for it.
+    """
+    from ray import serve
+
+    try:
+        serve.start(http_options={"host": host, "port": port})
+        serve.run(application, blocking=False, _local_testing_mode=False)
+    except (RuntimeError, TimeoutError) as error:
+        raise DeploymentFailed(str(error)) from error
+
+
+def _check_room(options: "ServeOptions", resources: dict[str, float]) -> None:
+    """Raise UserError where Ray would wait for CPUs that never come."""
     needed, there = options.replicas * options.cpus_per_replica, resources.get("CPU", 0.0)
     if needed > there:
-        raise ValueError(
-            f"--replicas {options.replicas}: {needed:g} CPUs are needed at --cpus-per-replica "
-            f"{options.cpus_per_replica:g}, and the cluster has {there:g}; ask for less of either"
+        raise UserError(
+            f"`replicas` {options.replicas}",
+            f"{needed:g} CPUs are needed at `cpus_per_replica` {options.cpus_per_replica:g}, and "
+            f"the cluster has {there:g}",
+            cure="ask for less of either",
         )

@@ -1,7 +1,7 @@
 """What the Ray Serve application is asked to do, checked before anything starts."""
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,21 +15,25 @@ from pydantic import (
 )
 
 from revmux_vllm import bundled, checkpoint
+from revmux_vllm.errors import UserError, UserErrors
 
 OURS = {
-    "model": "`model` names it",
-    "host": "Ray Serve listens; `revmux serve --host`, or http_options of the YAML file",
-    "port": "Ray Serve listens; `revmux serve --port`, or http_options of the YAML file",
+    "model": "``model`` names it",
+    "host": "Ray Serve listens; `host` of `revmux serve`, or http_options of the YAML file",
+    "port": "Ray Serve listens; `port` of `revmux serve`, or http_options of the YAML file",
     "uds": "Ray Serve listens",
     "ssl-keyfile": "Ray Serve listens; end TLS before it",
     "ssl-certfile": "Ray Serve listens; end TLS before it",
-    "api-server-count": "`fronts` are the API servers here",
+    "api-server-count": "``fronts`` are the API servers here",
     "headless": "every replica is whole",
-    "data-parallel-size": "`replicas` are the copies here",
+    "data-parallel-size": "``replicas`` are the copies here",
     "disable-log-stats": "router and autoscaler read these statistics",
     "root-path": "route_prefix of the Ray Serve application is it",
 }
-"""Options of ``vllm serve`` that mean something else, or nothing, in a replica."""
+"""Options of ``vllm serve`` that mean something else, or nothing, in a replica.
+
+Of two pairs of backticks the inner one names an option and goes when it is spelled.
+"""
 
 
 def _split(value: Any) -> Any:
@@ -84,14 +88,14 @@ class ServeOptions(BaseModel):
     @model_validator(mode="after")
     def _check_together(self) -> "ServeOptions":
         if self.max_replicas is not None and self.max_replicas < self.replicas:
-            raise ValueError(
-                f"max_replicas {self.max_replicas} is less than replicas {self.replicas}; replicas "
-                "are the fewest, max_replicas the most"
+            raise UserError(
+                f"`max_replicas` {self.max_replicas} is less than `replicas` {self.replicas}",
+                cure="`replicas` are the fewest, `max_replicas` the most",
             )
         for word in self.vllm_args:
             name = word.removeprefix("--").partition("=")[0].replace("_", "-")
             if word.startswith("--") and name in OURS:
-                raise ValueError(f"vllm_args --{name}: leave it out: {OURS[name]}")
+                raise UserError(f"`vllm_args` --{name}", f"leave it out: {OURS[name]}")
         return self
 
 
@@ -99,21 +103,24 @@ def read_options(values: dict[str, Any]) -> ServeOptions:
     """The options that ``values`` say.
 
     Raises:
-        ValueError: one line for each that is wrong.
+        UserError: one line for each that is wrong.
     """
     try:
         return ServeOptions.model_validate(values)
     except ValidationError as error:
-        problems = []
-        for problem in error.errors():
-            key = ".".join(map(str, problem["loc"]))
-            if problem["type"] == "extra_forbidden":
-                known = ", ".join(sorted(ServeOptions.model_fields))
-                problems.append(f"{key}: unknown; known are {known}")
-                continue
-            message = problem["msg"].removeprefix("Value error, ")
-            problems.append(f"{key}: {message}, found {problem['input']!r}" if key else message)
-        raise ValueError("\n".join(problems)) from None
+        raise UserErrors([_mistake(problem) for problem in error.errors()]) from None
+
+
+def _mistake(problem: Mapping[str, Any]) -> UserError:
+    """One of pydantic's findings."""
+    own = problem.get("ctx", {}).get("error")
+    if isinstance(own, UserError):
+        return own
+    key, *inside = map(str, problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        return UserError(key, f"unknown; known are {', '.join(sorted(ServeOptions.model_fields))}")
+    message = problem["msg"].removeprefix("Value error, ")
+    return UserError(".".join((f"`{key}`", *inside)), f"{message}, found {problem['input']!r}")
 
 
 def locate(model: str, vllm_args: Sequence[str] = ()) -> tuple[str, str]:
@@ -123,7 +130,7 @@ def locate(model: str, vllm_args: Sequence[str] = ()) -> tuple[str, str]:
     ``--load-format dummy`` among ``vllm_args`` it needs no weights.
 
     Raises:
-        ValueError: if there is no such model, or it is no RevMUX checkpoint.
+        UserError: if there is no such model, or it is no RevMUX checkpoint.
     """
     if Path(model).is_dir():
         is_dummy = "dummy" in " ".join(vllm_args).replace("=", " ").split()
@@ -133,9 +140,10 @@ def locate(model: str, vllm_args: Sequence[str] = ()) -> tuple[str, str]:
         return model, model
     if not _on_hub(model):
         names = ", ".join(bundled.bundled_checkpoints()) or "none"
-        raise ValueError(
-            f"model {model}: no folder here, not bundled (bundled: {names}), and not to be had "
-            "from the hub; engines on other nodes need a folder at the same absolute path"
+        raise UserError(
+            f"model {model}",
+            f"no folder here, not bundled (bundled: {names}), and not to be had from the hub",
+            cure="engines on other nodes need a folder at the same absolute path",
         )
     return model, model
 
@@ -148,7 +156,6 @@ def _on_hub(name: str) -> bool:
     except (OSError, ValueError):
         return False
     if "revmux" not in values:
-        raise ValueError(
-            f"model {name}: not a RevMUX checkpoint; `revmux train --backbone {name}` makes one"
-        )
+        cure = f"`revmux train` with `backbone` {name} makes one"
+        raise UserError(f"model {name}", "not a RevMUX checkpoint", cure=cure)
     return True

@@ -9,9 +9,14 @@ from contextlib import AsyncExitStack
 from logging.handlers import MemoryHandler
 from typing import Any
 
+from revmux_vllm.config import RevMuxConfig
+from revmux_vllm.engine.api_server import parse_arguments, running_app
+from revmux_vllm.engine.environment import set_for_good
+from revmux_vllm.planning.options import read_options
+from revmux_vllm.serving.asgi import call
+from revmux_vllm.serving.autoscaling import LOAD
 from revmux_vllm.serving.messages import HttpRequest, HttpResponse, Work
 from revmux_vllm.serving.stats import ReplicaStats, StatsReader, engine_numbers
-from revmux_vllm.serving.vllm_app import call, parse_arguments, running_app
 
 WATCH_S, PROGRESS_S = 0.5, 5.0
 STALLED_S = 120.0
@@ -93,8 +98,7 @@ class EngineReplica:
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """For the autoscaler; see ``ReplicaStats``."""
-        stats = self._look(self._for_autoscaler)
-        return {"load": stats.load, "backlog_s": stats.backlog_s}
+        return {LOAD: self._look(self._for_autoscaler).load}
 
     async def __del__(self) -> None:
         """Serve's: the last thing that a leaving replica does."""
@@ -124,8 +128,11 @@ class EngineReplica:
         os._exit(DEAD_ENGINE)
 
     async def _leave_when_it_hangs(self) -> None:
-        """A request of many texts may take long, so what counts is what the engine's steps answer;
-        `/health` is answered by a hanging one too."""
+        """End the process when no step answers anything for ``STALLED_S``.
+
+        A request of many texts may take long, so what counts is what the engine's steps answer;
+        ``/health`` is answered by a hanging one too.
+        """
         answered, since = -1.0, 0.0
         while True:
             now, number = time.monotonic(), engine_numbers()["answered"]
@@ -152,13 +159,11 @@ def _keep_serve_log() -> None:
 
 def _compute_with(threads: int) -> None:
     """On CPUs vLLM would bind every engine of a machine to the same cores."""
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    os.environ["OMP_NUM_THREADS"] = str(max(1, threads))
+    if "VLLM_CPU_OMP_THREADS_BIND" not in os.environ:
+        set_for_good("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    set_for_good("OMP_NUM_THREADS", str(max(1, threads)))
 
 
 def _horizon_s(engine: Any) -> float:
-    from revmux_vllm.config import RevMuxConfig
-    from revmux_vllm.engine.policy import read_options
-
     config = RevMuxConfig.from_dict(engine.model_config.hf_config.revmux)
     return read_options(engine.vllm_config.additional_config, config).target_ms / 1000

@@ -1,6 +1,6 @@
 """The request router of Ray Serve that keeps partners together (``choice.py`` decides).
 
-Ray's interface for custom routers is alpha in 2.60; tests/serving/test_contract.py pins what is
+Ray's interface for custom routers is alpha in 2.60; tests/serving/test_router.py pins what is
 used of it here. Every front has a router of its own, which knows exactly what it sent itself and
 learns from the replicas' answers how many requests others have there.
 """

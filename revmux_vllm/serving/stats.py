@@ -14,7 +14,6 @@ NAMES = {
     "answered": "revmux:requests_total",
     "arrived": "revmux:arrived_tokens_total",
     "waiting": "revmux:waiting_tokens",
-    "in_use": "revmux:capacity_tokens_per_second",
     "widest": "revmux:capacity_tokens_per_second",
 }
 
@@ -29,13 +28,11 @@ class ReplicaStats:
             ``Work.chars``; 0 until something was measured.
         load: replicas of this kind that would be fully busy, at the widest rung, with what arrived
             since the last look, and with answering what waits within the horizon.
-        backlog_s: time to answer what waits at the rung in use.
     """
 
     look: int = 0
     chars_per_s: float = 0.0
     load: float = 0.0
-    backlog_s: float = 0.0
 
     def to_dict(self) -> dict[str, float]:
         """Plain numbers, as Ray wants them."""
@@ -77,7 +74,6 @@ class StatsReader:
             look=self._looks,
             chars_per_s=numbers["widest"] * self._chars / self._tokens,
             load=(rate + waiting / self.horizon_s) / numbers["widest"],
-            backlog_s=waiting / numbers["in_use"] if numbers["in_use"] else 0.0,
         )
 
 

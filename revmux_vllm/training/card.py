@@ -1,19 +1,55 @@
 """The model card of a checkpoint: what it is, and what was measured, if anything was."""
 
+from pathlib import Path
 from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData, hf_hub_download, metadata_load
 
 from revmux_vllm.config import RevMuxConfig
 from revmux_vllm.rungs import Rung
 from revmux_vllm.training.evaluate import NUM_GROUPINGS, WINDOW
+from revmux_vllm.training.tables import COLUMNS, report_rows
 
-COLUMNS = ("", "accuracy", "agreement", "speed-up", "layer limit")
+TASK = "text-classification"
+LICENSE_KEYS = ("license", "license_name", "license_link")
 
 
-def model_card(name: str, config: RevMuxConfig, num_layers: int, report: dict[str, Any]) -> str:
+def front_matter(backbone: str) -> ModelCardData:
+    """What hubs read of a checkpoint over ``backbone``, a folder or hub id."""
+    is_folder = Path(backbone).is_dir()
+    return ModelCardData(
+        base_model=Path(backbone).resolve().name if is_folder else backbone,
+        library_name="revmux-vllm",
+        pipeline_tag=TASK,
+        tags=["vllm", "revmux", TASK],
+        **_license_of(backbone),
+    )
+
+
+def _license_of(backbone: str) -> dict[str, Any]:
+    """As the backbone's own card has it; empty where it has none, or none that can be read."""
+    path = Path(backbone) / "README.md"
+    try:
+        if not path.parent.is_dir():
+            path = Path(hf_hub_download(backbone, path.name))
+        known = metadata_load(path) or {}
+    except Exception:  # the hub and YAML have many, and none is worth a training that has ended
+        return {}
+    return {key: known[key] for key in LICENSE_KEYS if key in known}
+
+
+def model_card(
+    name: str,
+    front: ModelCardData,
+    config: RevMuxConfig,
+    num_layers: int,
+    report: dict[str, Any],
+) -> str:
     """Markdown. Accuracies stand in it only when ``report`` has them.
 
     Args:
         name: of the checkpoint.
+        front: what stands before the text.
         config: what it is.
         num_layers: layers L of the backbone.
         report: what was measured, as ``revmux eval --json`` prints it; may be empty.
@@ -33,54 +69,19 @@ def model_card(name: str, config: RevMuxConfig, num_layers: int, report: dict[st
     if report:
         rows = [COLUMNS, ("---",) * len(COLUMNS), *report_rows(report)]
         lines += ["| " + " | ".join(row) + " |" for row in rows]
-        lines += [
-            "",
-            f"Per cent, mean (lowest to highest) over {NUM_GROUPINGS} shuffled groupings from "
-            f"fixed seeds; {WINDOW} requests at a time are packed together as the server packs "
-            "them. Agreement is with the backbone. Speed-up counts the arithmetic of layers, "
-            f"adapters and heads at {report['mean_tokens']:.0f} tokens, the mean of these rows; "
-            "the layer limit counts the layers alone. What does not multiplex has no spread: its "
-            "answers do not depend on company. Early exit is the rival: a small head on the hidden "
-            "states after some layer, trained and measured beside the adapters"
-            + ("." if Rung(exit=True) in config.rungs else "; none is served."),
-            "",
-        ]
-    return "\n".join(lines)
+        lines += ["", _how_it_was_measured(config, report), ""]
+    text = "\n".join(lines)
+    return str(ModelCard(f"---\n{front.to_yaml()}\n---\n\n{text}"))
 
 
-def report_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
-    """The report of ``revmux eval`` as rows under ``COLUMNS``, per cent."""
-    rows: list[tuple[str, ...]] = [
-        ("backbone", _percent(report["backbone"]["accuracy"]), "100.0", "1.00x", "1.00x")
-    ]
-    for row in report.get("early_exit", []):
-        rows.append(
-            (
-                f"early exit after layer {row['layer']}",
-                _percent(row["accuracy"]),
-                _percent(row["agreement"]),
-                f"{row['speedup']:.2f}x",
-                "",
-            )
-        )
-    for rung, row in report["rungs"].items():
-        rows.append(
-            (
-                rung,
-                span(row["accuracy"]),
-                span(row["agreement"]),
-                f"{row['speedup']:.2f}x",
-                f"{row['layer_limit']:.2f}x",
-            )
-        )
-    return rows
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f}"
-
-
-def span(summary: dict[str, float]) -> str:
-    """Mean (lowest to highest), per cent; the mean alone where all are the same."""
-    mean, low, high = (_percent(summary[key]) for key in ("mean", "min", "max"))
-    return mean if low == high else f"{mean} ({low} to {high})"
+def _how_it_was_measured(config: RevMuxConfig, report: dict[str, Any]) -> str:
+    served = "." if Rung(exit=True) in config.rungs else "; none is served."
+    return (
+        f"Per cent, mean (lowest to highest) over {NUM_GROUPINGS} shuffled groupings from "
+        f"fixed seeds; {WINDOW} requests at a time are packed together as the server packs "
+        "them. Agreement is with the backbone. Speed-up counts the arithmetic of layers, "
+        f"adapters and heads at {report['mean_tokens']:.0f} tokens, the mean of these rows; "
+        "the layer limit counts the layers alone. What does not multiplex has no spread: its "
+        "answers do not depend on company. Early exit is the alternative: a small head on the "
+        f"hidden states after some layer, trained and measured beside the adapters{served}"
+    )

@@ -7,8 +7,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from revmux_vllm.adapters import AdapterLadder
-from revmux_vllm.backbones import Backbone
+from revmux_vllm.adapters.kinds import AdapterLadder
+from revmux_vllm.backbones.base import Backbone
 from revmux_vllm.reference import run_rung
 from revmux_vllm.rungs import Rung
 

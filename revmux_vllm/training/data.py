@@ -1,14 +1,13 @@
 """Text to train and measure on. Every mistake is named with file, row and cure, before any work."""
 
-import csv
-import io
-import json
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from revmux_vllm.errors import UserError
+from revmux_vllm.training.files import open_rows
 from revmux_vllm.training.losses import UNLABELLED
 
 TEXT_COLUMNS = (  # pairs first: QNLI has a question beside its sentence
@@ -21,8 +20,6 @@ TEXT_COLUMNS = (  # pairs first: QNLI has a question beside its sentence
     ("sentence",),
 )
 LABEL_COLUMNS = ("label", "labels")
-
-Row = tuple[int, dict[str, Any]]  # where it stands in its file, and its fields
 
 
 @dataclass(frozen=True)
@@ -75,52 +72,33 @@ def read_rows(
         need_labels: refuse unlabelled rows.
 
     Raises:
-        ValueError: naming the file, the row and the cure.
+        UserError: naming the file, the row and the cure.
     """
     if text_columns and len(text_columns) > 2:
-        raise ValueError(f"--text-columns {','.join(text_columns)}: expected one, or two for pairs")
-    columns, rows = _open(source)
-    texts_at = _choose(source, columns, text_columns, TEXT_COLUMNS, "--text-columns")
+        raise UserError("`text_columns`", expected="one, or two for pairs", found=text_columns)
+    columns, rows = open_rows(source)
+    texts_at = _choose(source, columns, text_columns, TEXT_COLUMNS, "text_columns")
     label_at = None
     if label_column or need_labels or set(LABEL_COLUMNS) & set(columns):
         named = (label_column,) if label_column else None
-        labels_at = [(name,) for name in LABEL_COLUMNS]
-        (label_at,) = _choose(source, columns, named, labels_at, "--label-column")
+        usual = [(name,) for name in LABEL_COLUMNS]
+        (label_at,) = _choose(source, columns, named, usual, "label_column")
     texts: list[Any] = []
     labels: list[int] = []
-    kind: type | None = None
+    kinds: set[type] = set()
     for number, row in rows:
-        text = tuple(row[column] for column in texts_at)
-        if not all(isinstance(part, str) for part in text):
-            raise ValueError(
-                f"{source}: row {number}: expected text, found {text}; write it as a string, or "
-                "name the columns of the text with --text-columns"
-            )
-        if not all(part.strip() for part in text):
-            raise ValueError(f"{source}: row {number}: empty text; drop the row")
-        texts.append(text if len(text) > 1 else text[0])
+        place = f"{source}: row {number}"
+        texts.append(_text(row, texts_at, place))
         if label_at is None:
             labels.append(UNLABELLED)
-            continue
-        try:
-            label, own_kind = _label(row[label_at], label_names)
-        except ValueError as error:
-            raise ValueError(f"{source}: row {number}: {error}") from None
-        if kind not in (None, own_kind):
-            raise ValueError(
-                f"{source}: row {number}: label {row[label_at]!r}: mixed label types; write all of "
-                "them as indices or all as names"
-            )
-        kind = own_kind
-        labels.append(label)
+        else:
+            labels.append(_label(row[label_at], label_names, kinds, place))
     if not texts:
-        raise ValueError(f"{source}: no rows below the header")
+        raise UserError(f"{source}", "no rows below the header")
     if label_at is not None and len(set(labels)) < 2:
-        raise ValueError(
-            f"{source}: all {len(labels)} rows have the label {label_names[labels[0]]!r}; expected "
-            "at least two classes"
-            + ("" if need_labels else "; to learn from the backbone alone drop the label column")
-        )
+        problem = f"all {len(labels)} rows have the label {label_names[labels[0]]!r}"
+        cure = "" if need_labels else "to learn from the backbone alone drop the label column"
+        raise UserError(f"{source}", f"{problem}; expected at least two classes", cure=cure)
     return LabelledText(texts, labels)
 
 
@@ -135,150 +113,41 @@ def _choose(
         if set(names) <= set(columns):
             return names
     wanted = " and ".join(given) if given else " or ".join(" and ".join(n) for n in usual)
-    raise ValueError(
-        f"{source}: row 1: expected the columns {wanted}; found {', '.join(columns) or 'nothing'}. "
-        f"Name yours with {option}"
-    )
+    found = ", ".join(columns) or "nothing"
+    problem = f"expected the columns {wanted}; found {found}. Name yours with `{option}`"
+    raise UserError(f"{source}: row 1", problem)
 
 
-def _label(value: Any, names: Sequence[str]) -> tuple[int, type]:
-    if isinstance(value, str) and value in names:
-        return names.index(value), str
+def _text(row: dict[str, Any], columns: Sequence[str], place: str) -> str | tuple[str, ...]:
+    text = tuple(row[column] for column in columns)
+    if not all(isinstance(part, str) for part in text):
+        cure = "write it as a string, or name the columns of the text with `text_columns`"
+        raise UserError(place, expected="text", found=text, cure=cure)
+    if not all(part.strip() for part in text):
+        raise UserError(place, "empty text", cure="drop the row")
+    return text if len(text) > 1 else text[0]
+
+
+def _label(value: Any, names: Sequence[str], kinds: set[type], place: str) -> int:
+    """The class that ``value`` names; adds to ``kinds`` whether by name or by index."""
     number = int(value) if isinstance(value, str) and value.isdecimal() else value
-    if isinstance(number, int) and not isinstance(number, bool) and 0 <= number < len(names):
-        return number, int
-    raise ValueError(
-        f"label {value!r}: expected an integer from 0 to {len(names) - 1} or one of the "
-        f"backbone's classes, {', '.join(names)}"
-    )
-
-
-def _open(source: str | Path) -> tuple[list[str], Iterator[Row]]:
-    """Column names and rows; the rows have exactly these columns."""
-    path = Path(source)
-    if not path.is_file():
-        if ":" in str(source) and path.suffix not in READERS:
-            return _open_hub(str(source))
-        raise ValueError(f"{source}: no such file")
-    if path.suffix not in READERS:
-        raise ValueError(f"{source}: expected a file ending in {', '.join(READERS)}")
-    try:
-        return READERS[path.suffix](path)
-    except UnicodeDecodeError as error:
-        row = error.object.count(b"\n", 0, error.start) + 1
-        raise ValueError(
-            f"{source}: row {row}: not UTF-8 at byte {error.start}; convert the file, for example "
-            "with iconv"
-        ) from error
-
-
-def _lines(path: Path) -> list[str]:
-    """Lines that end in LF or CRLF and in nothing else; Excel's byte order mark is dropped."""
-    text = path.read_bytes().decode("utf-8-sig")
-    return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")] if text else []
-
-
-def _read_tsv(path: Path) -> tuple[list[str], Iterator[Row]]:
-    lines = _lines(path)
-    return _fields(path, ((i, line.split("\t")) for i, line in enumerate(lines, 1)))
-
-
-def _read_csv(path: Path) -> tuple[list[str], Iterator[Row]]:
-    csv.field_size_limit(2**31 - 1)
-    text = io.StringIO(path.read_bytes().decode("utf-8-sig"), newline="")
-    reader = csv.reader(text, strict=True)
-
-    def lines() -> Iterator[tuple[int, list[str]]]:
-        first = 1
-        try:
-            for fields in reader:
-                yield reader.line_num, fields
-                first = reader.line_num + 1
-        except csv.Error as error:
-            raise ValueError(
-                f"{path}: row {first}: {error}; close the quotes, and double those inside a text"
-            ) from error
-
-    return _fields(path, lines())
-
-
-def _fields(path: Path, lines: Iterator[tuple[int, list[str]]]) -> tuple[list[str], Iterator[Row]]:
-    _, header = next(lines, (1, []))
-
-    def rows() -> Iterator[Row]:
-        for number, fields in lines:
-            if len(fields) != len(header):
-                raise ValueError(
-                    f"{path}: row {number}: expected {len(header)} fields, found {len(fields)}; "
-                    + ("quote" if path.suffix == ".csv" else "replace")
-                    + " separators and line ends that belong to a text"
-                )
-            yield number, dict(zip(header, fields, strict=True))
-
-    return header, rows()
-
-
-def _read_jsonl(path: Path) -> tuple[list[str], Iterator[Row]]:
-    lines = _lines(path)
-
-    def parse(number: int, line: str) -> Mapping[str, Any]:
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(
-                f"{path}: row {number}: not JSON: {error}; write one object a line"
-            ) from error
-        if not isinstance(row, dict):
-            raise ValueError(
-                f"{path}: row {number}: expected an object with column names, found {line[:40]!r}"
-            )
-        return row
-
-    columns = list(parse(1, lines[0])) if lines else []
-
-    def rows() -> Iterator[Row]:
-        for number, line in enumerate(lines, 1):
-            row = parse(number, line)
-            if missing := [column for column in columns if column not in row]:
-                raise ValueError(
-                    f"{path}: row {number}: missing {', '.join(missing)}, which the first row has; "
-                    "add it or drop the row"
-                )
-            yield number, dict(row)
-
-    return columns, rows()
-
-
-def _read_parquet(path: Path) -> tuple[list[str], Iterator[Row]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.read_table(path)
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{path}: not a Parquet file: {error}") from error
-    return table.column_names, iter(enumerate(table.to_pylist(), 1))
-
-
-READERS = {
-    ".tsv": _read_tsv,
-    ".csv": _read_csv,
-    ".jsonl": _read_jsonl,
-    ".parquet": _read_parquet,
-}
-
-
-def _open_hub(source: str) -> tuple[list[str], Iterator[Row]]:
-    from datasets import load_dataset
-
-    name, *config, split = source.split(":")
-    try:
-        data = load_dataset(name, *config, split=split)
-    except Exception as error:  # the hub has many: offline, no such name, no such split, ...
-        raise ValueError(
-            f"{source}: neither a file nor a hub data set that can be read: {error}"
-        ) from error
-    return data.column_names, iter(enumerate(data, 1))
+    if isinstance(value, str) and value in names:
+        label = names.index(value)
+        kinds.add(str)
+    elif isinstance(number, int) and not isinstance(number, bool) and 0 <= number < len(names):
+        label = number
+        kinds.add(int)
+    else:
+        raise UserError(
+            place,
+            f"label {value!r}",
+            expected=f"an integer from 0 to {len(names) - 1} or one of the backbone's classes, "
+            + ", ".join(names),
+        )
+    if len(kinds) > 1:
+        cure = "write all of them as indices or all as names"
+        raise UserError(place, f"label {value!r}: mixed label types", cure=cure)
+    return label
 
 
 def split_rows(count: int, share: float, seed: int) -> tuple[list[int], list[int]]:

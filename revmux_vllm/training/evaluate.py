@@ -9,10 +9,10 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
-from revmux_vllm.adapters import AdapterLadder
-from revmux_vllm.backbones import Backbone
+from revmux_vllm.adapters.kinds import AdapterLadder
+from revmux_vllm.backbones.base import Backbone
 from revmux_vllm.config import layer_limit
-from revmux_vllm.packing import pack_rungs
+from revmux_vllm.planning.packing import pack_rungs
 from revmux_vllm.reference import run_rung
 from revmux_vllm.rungs import Rung
 from revmux_vllm.training.cost import Costs
@@ -116,7 +116,6 @@ def evaluate(
             "accuracy": _summary([_share(c == features.labels) for c in classes]),
             "agreement": _summary([_share(c == own) for c in classes]),
         } | scores(classes, features)
-    report["widths"] = {str(n): report["rungs"][str(Rung(mux=n))] for n in config.widths}
     return report | {"early_exit": _exit_rows(exits, features, own, costs), "classes": list(names)}
 
 

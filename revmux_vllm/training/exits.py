@@ -1,4 +1,4 @@
-"""Early exit, the rival: a small head on what is known after some layer, and stop there."""
+"""Early exit, the alternative to fewer rows: a small head answers after some layer."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as serialize
 from torch import nn
 
-from revmux_vllm.adapters import ExitHead
+from revmux_vllm.adapters.exits import ExitHead
 from revmux_vllm.checkpoint import write_whole
 
 MOST_EXITS = 5

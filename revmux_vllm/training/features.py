@@ -19,8 +19,8 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from revmux_vllm.backbones import Backbone
-from revmux_vllm.backbones.base import batches_by_length, inside
+from revmux_vllm.backbones.base import Backbone, batches_by_length, inside
+from revmux_vllm.errors import UserError
 from revmux_vllm.reference import rows_at, skip_state
 from revmux_vllm.training.data import LabelledText
 
@@ -82,16 +82,14 @@ def extract(
         overflow: folder for prefill states that do not fit into memory.
 
     Raises:
-        ValueError: when they fit nowhere.
+        UserError: when they fit nowhere.
     """
     device = next(backbone.layers[0].parameters()).device
     encoded = tokenize(tokenizer, data, max_tokens)
     ids, types = encoded["input_ids"], encoded.get("token_type_ids")
     lengths = torch.tensor([len(row) for row in ids])
     if cut := int((lengths == max_tokens).sum()):
-        logger.warning(
-            "%d of %d rows reach --max-tokens %d and may be cut", cut, len(ids), max_tokens
-        )
+        logger.warning("%d of %d rows reach %d tokens and may be cut", cut, len(ids), max_tokens)
     starts = lengths.cumsum(0) - lengths
     size = backbone.hidden_size
     hidden = _buffer(int(lengths.sum()), size, overflow)
@@ -133,7 +131,7 @@ def tokenize(tokenizer: Any, data: LabelledText, max_tokens: int) -> Any:
     """Token ids of single texts or pairs, and what else the tokenizer gives; not padded.
 
     Raises:
-        ValueError: naming the row of which the tokenizer makes no token.
+        UserError: naming the row of which the tokenizer makes no token.
     """
     texts: list[list[str]]
     if data.pairs:
@@ -143,7 +141,7 @@ def tokenize(tokenizer: Any, data: LabelledText, max_tokens: int) -> Any:
     encoded = tokenizer(*texts, truncation=True, max_length=max_tokens)
     for text, ids in zip(data.texts, encoded["input_ids"], strict=True):
         if not ids:
-            raise ValueError(f"the tokenizer makes no token of {text!r}; drop such rows")
+            raise UserError(f"the tokenizer makes no token of {text!r}", cure="drop such rows")
     return encoded
 
 
@@ -164,8 +162,9 @@ def _buffer(rows: int, size: int, overflow: Path | None) -> Tensor:
         if not psutil.pid_exists(int(stale.stem.split("-")[2])):
             stale.unlink()
     if num_bytes > shutil.disk_usage(overflow).free:
-        raise ValueError(
+        raise UserError(
             f"prefill states of {rows:,} tokens take {num_bytes / 1e9:.1f} GB, which neither "
-            f"memory nor {overflow} has; train on fewer rows, or on a disk with room"
+            f"memory nor {overflow} has",
+            cure="train on fewer rows, or on a disk with room",
         )
     return torch.from_file(str(path), shared=True, size=rows * size).view(rows, size)

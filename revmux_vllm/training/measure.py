@@ -1,19 +1,32 @@
 """Measure a checkpoint folder on labelled rows: what ``revmux eval`` does."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer
+import torch
+from torch import Tensor
+from transformers import AutoConfig
 
 from revmux_vllm import bundled, checkpoint
-from revmux_vllm.backbones import load_backbone
+from revmux_vllm.backbones.base import Backbone, two_class_logits
+from revmux_vllm.backbones.loading import load_backbone
+from revmux_vllm.config import RevMuxConfig
+from revmux_vllm.errors import UserError, require
+from revmux_vllm.rungs import Rung
 from revmux_vllm.training import data
+from revmux_vllm.training.checks import (
+    check_enough,
+    check_max_tokens,
+    check_pairs,
+    label_names,
+    read_tokenizer,
+)
 from revmux_vllm.training.device import process_state
-from revmux_vllm.training.evaluate import evaluate
+from revmux_vllm.training.evaluate import Groups, Predict, evaluate
 from revmux_vllm.training.exits import load_exits
-from revmux_vllm.training.features import extract
-from revmux_vllm.training.run import check_enough, check_max_tokens, check_pairs, label_names
+from revmux_vllm.training.features import extract, tokenize
 
 
 def measure(
@@ -34,36 +47,87 @@ def measure(
         text_columns, label_column: see ``data.read_rows``.
         window: requests packed together.
         max_tokens: longer rows are cut.
-        engine: let vLLM answer.
+        engine: let vLLM answer, which must be installed.
 
     Raises:
-        ValueError: for a broken checkpoint or unusable rows.
+        UserError: for a broken checkpoint or unusable rows.
     """
+    if engine:
+        require("vllm", extra="train")
+    for name, value in (("window", window), ("max_tokens", max_tokens)):
+        if value < 1:
+            raise UserError(f"`{name}`", expected="at least 1", found=value)
     folder = bundled.resolve(folder)
     ladder = checkpoint.load_adapters(folder).float()
     config = ladder.config
-    source = checkpoint.backbone_folder(folder)
     hf_config = AutoConfig.from_pretrained(folder)
     names = label_names(hf_config, config.label_words)
     texts = data.read_rows(
         rows, names, text_columns=text_columns, label_column=label_column, need_labels=True
     )
     check_pairs(config, texts, rows)
-    if window < 1:
-        raise ValueError(f"--window {window}: expected at least 1")
     check_enough(config, len(texts), window)
-    if max_tokens < 1:
-        raise ValueError(f"--max-tokens {max_tokens}: expected at least 1")
     check_max_tokens(hf_config, max_tokens)
     device = process_state().device
-    backbone = load_backbone(source, config.prefill_layers, config.label_words).to(device)
+    backbone = _load_backbone(folder, config).to(device)
     ladder.to(device)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = read_tokenizer("checkpoint", folder)
     exits = load_exits(folder, hf_config.hidden_size, len(names)).to(device)
     features = extract(backbone, tokenizer, texts, max_tokens, [int(layer) for layer in exits])
-    answer = None
+    answering: AbstractContextManager[Predict | None] = nullcontext()
     if engine:
-        from revmux_vllm.engine.offline import OfflineEngine
+        answering = engine_answers(
+            folder, tokenize(tokenizer, texts, max_tokens)["input_ids"], window
+        )
+    with answering as answer:
+        return evaluate(backbone, ladder, exits, features, names, window, answer)
 
-        answer = OfflineEngine(folder, tokenizer, texts, max_tokens, window).classes
-    return evaluate(backbone, ladder, exits, features, names, window, answer)
+
+def _load_backbone(folder: Path, config: RevMuxConfig) -> Backbone:
+    source = checkpoint.backbone_folder(folder)
+    try:
+        return load_backbone(source, config.prefill_layers, config.label_words)
+    except OSError as error:  # named by a hub id that cannot be reached
+        problem = f"its backbone {source} cannot be read: {str(error).splitlines()[0]}"
+        raise UserError(f"{folder}", problem) from error
+
+
+@contextmanager
+def engine_answers(folder: Path, prompts: list[list[int]], window: int) -> Iterator[Predict]:
+    """Classes by an engine in place of the reference, from which they must not differ.
+
+    All requests of a window wait together before the first step, so the scheduler packs them as
+    ``pack`` does for the reference.
+
+    Args:
+        folder: checkpoint to serve.
+        prompts: token ids of every row.
+        window: most requests that wait together.
+    """
+    # The one place where this room asks the engine's.
+    from revmux_vllm.engine.in_process import InProcessEngine
+
+    longest = max(map(len, prompts))
+    engine = InProcessEngine(
+        folder,
+        dtype="float32",  # as the reference computes
+        enforce_eager=True,
+        max_model_len=longest,
+        max_num_seqs=window,
+        max_num_batched_tokens=window * longest,
+    )
+
+    def classes(rung: Rung, groups: Groups, parts: Sequence[Any]) -> Tensor:
+        engine.run_at(rung)
+        answers = torch.empty(len(prompts), dtype=torch.long)
+        for rows in parts:
+            outputs = engine.classify([prompts[row] for row in rows], logits=True)
+            for row, output in zip(rows, outputs, strict=True):
+                logits = torch.tensor(output.outputs.probs)[None]
+                answers[row] = two_class_logits(logits).argmax()
+        return answers
+
+    try:
+        yield classes
+    finally:
+        engine.close()

@@ -1,4 +1,4 @@
-"""Accuracy against speed-up, with the rival's line in it."""
+"""Accuracy against speed-up, the line of early exit beside those of the rungs."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -12,7 +12,7 @@ def plot_report(report: dict[str, Any], path: Path, title: str) -> None:
 
 
 def best_exits(reports: Iterable[dict[str, Any]]) -> dict[int, dict[str, Any]]:
-    """The most accurate early exit of each layer: whatever recipe trained it, it is the rival."""
+    """The most accurate early exit of each layer, whatever recipe trained it."""
     best: dict[int, dict[str, Any]] = {}
     for report in reports:
         for row in report.get("early_exit", []):
@@ -41,8 +41,8 @@ def plot_frontier(
     axes.axhline(backbone, color="grey", linewidth=0.8, linestyle=":", label="backbone")
     exits = best_exits(reports.values())
     if exits:
-        rival = [(row["speedup"], 100 * row["accuracy"]) for row in exits.values()]
-        points = sorted([(1.0, backbone), *rival])
+        own = [(row["speedup"], 100 * row["accuracy"]) for row in exits.values()]
+        points = sorted([(1.0, backbone), *own])
         axes.plot(*zip(*points, strict=True), "o--", color="black", label="early exit")
     for name in reports if lines is None else lines:
         ways: dict[str, list[tuple[str, dict[str, Any]]]] = {}

@@ -1,6 +1,7 @@
 """The named ways to train. Light to import: ``revmux train --help`` reads the defaults here."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,10 @@ class Recipe:
     copies: float
     skip: bool
     paper_loss: bool
+
+    def with_given(self, **options: Any) -> "Recipe":
+        """This recipe with what the user gave in place of its own; None means not given."""
+        return replace(self, **{key: value for key, value in options.items() if value is not None})
 
 
 RECIPES = {

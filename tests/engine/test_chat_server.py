@@ -9,8 +9,8 @@ from conftest import make_tiny_checkpoint
 from transformers import AutoTokenizer
 
 from revmux_vllm import checkpoint
-from revmux_vllm.backbones import load_backbone
-from revmux_vllm.local_server import LocalServer
+from revmux_vllm.backbones.loading import load_backbone
+from revmux_vllm.bench.local_server import LocalServer
 from revmux_vllm.reference import classify
 from revmux_vllm.rungs import Rung
 

@@ -2,6 +2,8 @@
 
 import dataclasses
 import inspect
+from collections import Counter
+from pkgutil import resolve_name
 
 import pytest
 import vllm
@@ -11,12 +13,16 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.worker.worker_base import WorkerBase
 
-from revmux_vllm import checkpoint
+from revmux_vllm.backbones.base import Backbone
 from revmux_vllm.engine import plugin
 from revmux_vllm.engine.attention import composite_attention_backend
 from revmux_vllm.engine.metrics import put_counts, take_counts
+from revmux_vllm.engine.model_config import RevMuxModelConfig
+from revmux_vllm.engine.models.base import RevMuxForSequenceClassification
 from revmux_vllm.engine.scheduler import RevMuxSchedulerOutput
 from revmux_vllm.engine.worker import RevMuxWorker
+from revmux_vllm.families import FAMILIES, FLOAT16, Family
+from revmux_vllm.planning.planner import Counts
 
 
 def parameters(function: object) -> list[str]:
@@ -99,24 +105,45 @@ def test_statistics_still_offer_no_place_of_our_own() -> None:
     assert "waiting_lora_adapters" in names
     assert not {"extra", "plugin_stats", "custom_stats", "additional_stats"} & names
     stats = SchedulerStats()
-    counts = {("requests", "mux:4"): 8, ("composite_slots", ""): 3}
+    counts: Counts = Counter({("requests", "mux:4"): 8, ("composite_slots", ""): 3})
     put_counts(stats, counts)
     assert take_counts(stats) == counts
 
 
 def test_registering_twice_is_harmless() -> None:
     from vllm.engine import arg_utils
-    from vllm.model_executor.models import ModelRegistry
-    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
     plugin.register()
     patched = arg_utils.get_model_path
     plugin.register()
     assert arg_utils.get_model_path is patched
-    assert set(checkpoint.ARCHITECTURES.values()) == set(plugin.MODELS)
-    for architecture in plugin.MODELS:
-        assert architecture in ModelRegistry.get_supported_archs()
-        assert architecture in MODELS_CONFIG_MAP
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_every_row_of_the_families_holds_for_vllm(family: Family) -> None:
+    from vllm.config import model as vllm_model_config
+    from vllm.model_executor.models import ModelRegistry
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+    from vllm.model_executor.models.interfaces_base import get_default_seq_pooling_type
+
+    plugin.register()
+    assert FAMILIES[family.model_type] is family
+    assert family.architecture in ModelRegistry.get_supported_archs()
+    assert MODELS_CONFIG_MAP[family.architecture] is RevMuxModelConfig
+    engine_model = resolve_name(family.engine_model)
+    assert engine_model.__name__ == family.architecture
+    assert issubclass(engine_model, RevMuxForSequenceClassification)
+    assert not inspect.isabstract(engine_model)
+    assert get_default_seq_pooling_type(engine_model) == ("CLS" if family.pools_first else "LAST")
+    refused = vllm_model_config._FLOAT16_NOT_SUPPORTED_MODELS.get(family.model_type)
+    assert FLOAT16 not in family.refuses or refused == family.refuses[FLOAT16]
+    backbone = family.load_backbone_class()
+    assert issubclass(backbone, Backbone)
+    assert not inspect.isabstract(backbone)
+
+
+def test_every_architecture_is_of_one_family() -> None:
+    assert len({family.architecture for family in FAMILIES.values()}) == len(FAMILIES)
 
 
 def test_a_failing_registration_stops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from conftest import make_tiny_checkpoint
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from word_tokenizers import save_pair_tokenizer
 
-from revmux_vllm.local_server import LocalServer
+from revmux_vllm.bench.local_server import LocalServer
 
 QUERY = "w7 w8 w9"
 DOCUMENTS = ["w10 w11", "w12", "w13 w14 w15 w16", "w17 w7"]

@@ -17,7 +17,7 @@ from transformers import AutoModelForSequenceClassification
 from word_tokenizers import word_tokenizer
 
 from revmux_vllm import checkpoint
-from revmux_vllm.backbones import load_backbone
+from revmux_vllm.backbones.loading import load_backbone
 from revmux_vllm.reference import classify
 from revmux_vllm.rungs import Rung, parse_rungs
 
@@ -46,10 +46,10 @@ def check(
     """
     seen: set[str] = set()
     wanted = kind.split(",") if kind else []
-    engine.scheduler.mux_policy = ByCrowd(parse_rungs(wanted))
+    engine.planner.policy = ByCrowd(parse_rungs(wanted))
     for seed, count in BATCHES:
         prompts = random_prompts(seed, count)
-        probs, groups, rungs = engine.classify(prompts)
+        probs, groups, rungs = engine.answers(prompts)
         seen |= set(map(str, rungs))
         assert sorted(i for group in groups for i in group) == list(range(count))
         difference = (probs - reference(prompts, groups, rungs)).abs().max().item()
@@ -84,13 +84,13 @@ def test_float32(family: str, tmp_path: Path, make_engine: Callable[..., Recordi
     for kind in (MUX, BOTH, MIXED, EXIT):
         check(engine, reference, kind)
     # Alone: the same weights in vLLM's own classifier, the same batches.
-    engine.scheduler.mux_policy = ByCrowd(())
+    engine.planner.policy = ByCrowd(())
     stock = make_engine(folder.parent / "backbone", enable_prefix_caching=False)
     for seed, count in BATCHES:
         prompts = random_prompts(seed, count)
-        probs, _, rungs = engine.classify(prompts)
+        probs, _, rungs = engine.answers(prompts)
         assert set(rungs) == {Rung()}
-        expected, *_ = stock.classify(prompts)
+        expected, *_ = stock.answers(prompts)
         torch.testing.assert_close(probs, expected, rtol=0, atol=1e-6)
 
 
@@ -157,17 +157,17 @@ def test_merged_answers_do_not_depend_on_company(
     engine = make_engine(
         make_tiny_checkpoint(tmp_path, family=family, rungs="merge:2,merge:3", **words)
     )
-    engine.scheduler.mux_policy = ByCrowd((Rung(2),))
+    engine.planner.policy = ByCrowd((Rung(2),))
     prompts = random_prompts(8, 48)
-    together, _, rungs = engine.classify(prompts)
+    together, _, rungs = engine.answers(prompts)
     assert set(map(str, rungs)) == {"merge:2"}
     # Bit for bit, also beside other tenants' texts, as long as the step has the same shape.
     others = [[(token + 7) % 300 + 1 for token in prompt] for prompt in prompts]
     mixed = [prompts[i] if i % 2 else others[i] for i in range(48)]
-    beside, _, _ = engine.classify(mixed, salts=[f"tenant-{i % 3}" for i in range(48)])
+    beside, _, _ = engine.answers(mixed, salts=[f"tenant-{i % 3}" for i in range(48)])
     assert torch.equal(beside[1::2], together[1::2])
     assert not torch.equal(beside[::2], together[::2])
-    one = torch.cat([engine.classify(prompts[i : i + 2])[0] for i in range(0, 48, 2)])
+    one = torch.cat([engine.answers(prompts[i : i + 2])[0] for i in range(0, 48, 2)])
     assert (together - one).abs().max() < 1e-6  # kernels of another size round elsewhere
 
 
@@ -231,6 +231,6 @@ def test_tenants_never_share_a_composite(
     tiny_checkpoint: Path, make_engine: Callable[..., RecordingEngine]
 ) -> None:
     tenants = list("ababca")
-    _, groups, _ = make_engine(tiny_checkpoint).classify([[5, 6, 7]] * 6, tenants)
+    _, groups, _ = make_engine(tiny_checkpoint).answers([[5, 6, 7]] * 6, tenants)
     assert sorted(len(group) for group in groups) == [1, 1, 2, 2]
     assert all(len({tenants[member] for member in group}) == 1 for group in groups)

@@ -100,13 +100,13 @@ def test_int8(tmp_path: Path, make_engine: Callable[..., RecordingEngine]) -> No
     checkpoint.save(folder, ladder, tmp_path / "backbone", "# int8\n", bundle_backbone=True)
     engine, reference = make_engine(folder), reference_of(folder)
     for kind in (MUX, BOTH):
-        engine.scheduler.mux_policy = ByCrowd(parse_rungs(kind.split(",")))
+        engine.planner.policy = ByCrowd(parse_rungs(kind.split(",")))
         for seed, count in BATCHES:
             prompts = random_prompts(seed, count)
-            probs, groups, rungs = engine.classify(prompts)
+            probs, groups, rungs = engine.answers(prompts)
             difference = (probs - reference(prompts, groups, rungs)).abs().mean().item()
             assert difference <= INT8_MEAN_TOLERANCE, (kind, seed, count)
-    engine.scheduler.mux_policy = ByCrowd(())
+    engine.planner.policy = ByCrowd(())
     stock = make_engine(tmp_path / "backbone", enable_prefix_caching=False)
     prompts = random_prompts(4, 64)
-    assert torch.equal(engine.classify(prompts)[0], stock.classify(prompts)[0])
+    assert torch.equal(engine.answers(prompts)[0], stock.answers(prompts)[0])

@@ -18,6 +18,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from lone_scheduler import lone_scheduler
 from vllm import PoolingParams
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
@@ -25,7 +26,6 @@ from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
-from revmux_vllm.bench.scheduler import lone_scheduler
 from revmux_vllm.engine.metrics import summary, take_counts
 from revmux_vllm.engine.scheduler import RevMuxScheduler
 from revmux_vllm.engine.stages import LOWER, UPPER, StepTimes
@@ -238,7 +238,24 @@ def test_width_follows_the_load(folder: Path) -> None:
     now = scheduler._now()
     assert now["now", "waiting"] == 0
     assert now["now", "in_use"] <= now["now", "widest"]
-    assert sum(plan.counts()[Rung(mux=4)] for plan in plans) > 250
+    assert sum(rung.mux for plan in plans for rung in plan.rungs if rung == Rung(mux=4)) > 250
+
+
+def test_a_paused_engine_takes_nothing_and_loses_nothing(folder: Path) -> None:
+    scheduler = lone_scheduler(vllm_config(folder, policy="fixed:4"), NUM_BLOCKS)
+    for i in range(6):
+        scheduler.add_request(request(str(i), 8))
+    for state in (PauseState.PAUSED_NEW, PauseState.PAUSED_ALL):
+        scheduler.set_pause_state(state)
+        for _ in range(3):
+            plan, answers = step(scheduler)
+            assert not plan.groups
+            assert not answers
+        assert [waiting.request_id for waiting in scheduler.waiting] == list("012345")
+    scheduler.set_pause_state(PauseState.UNPAUSED)
+    plan, answers = step(scheduler)
+    assert [len(group) for group in plan.groups] == [4, 2]
+    assert answers == {str(i): float(i) for i in range(6)}
 
 
 def test_priority_comes_first(folder: Path) -> None:

@@ -18,7 +18,7 @@ from bursts import parse_rung_counts
 from known_answers import Known, make_transparent_checkpoint
 from word_tokenizers import VOCAB_SIZE
 
-from revmux_vllm.local_server import LocalServer
+from revmux_vllm.bench.local_server import LocalServer
 
 
 @pytest.fixture(scope="module")

@@ -32,8 +32,8 @@ from known_answers import Known, make_transparent_checkpoint
 from prometheus_client.parser import text_string_to_metric_families
 from soak_load import MAX_IN_FLIGHT, Load
 
+from revmux_vllm.bench.local_server import LocalServer
 from revmux_vllm.bench.metrics import parse_rung_counts
-from revmux_vllm.local_server import LocalServer
 
 # The default policy packs what one core cannot answer alone. A GPU can; so there, pairs at least.
 SERVER_OPTIONS = {"min_width": 2} if torch.cuda.is_available() else {}

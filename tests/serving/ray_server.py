@@ -17,7 +17,7 @@ import psutil
 from known_answers import Known
 from prometheus_client.parser import text_string_to_metric_families
 
-from revmux_vllm.local_server import RAY, LocalServer
+from revmux_vllm.bench.local_server import RAY, LocalServer
 
 ENGINE, FRONT = "ray::ServeReplica:default:Engine", "ray::ServeReplica:default:Front"
 CORE = "VLLM::EngineCore"

@@ -12,7 +12,7 @@ import pytest
 from known_answers import Known, make_transparent_checkpoint
 from ray_server import CORE, ENGINE, Client, answering, kill, processes, serving, wait_until
 
-from revmux_vllm.local_server import LocalServer
+from revmux_vllm.bench.local_server import LocalServer
 from revmux_vllm.serving.replica import STALLED_S
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]

@@ -7,9 +7,9 @@ from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import Any
 
+from revmux_vllm.serving.asgi import call
 from revmux_vllm.serving.messages import HttpRequest
 from revmux_vllm.serving.replica import _keep_serve_log
-from revmux_vllm.serving.vllm_app import call
 
 
 def test_serves_log_outlives_vllms_configuration(tmp_path: Path) -> None:

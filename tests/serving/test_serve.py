@@ -24,8 +24,8 @@ from ray_server import (
     wait_until,
 )
 
+from revmux_vllm.bench.local_server import LocalServer
 from revmux_vllm.bench.metrics import parse_rung_counts
-from revmux_vllm.local_server import LocalServer
 
 # One cluster's ports on a machine at a time.
 pytestmark = pytest.mark.timeout(900)

@@ -70,7 +70,7 @@ def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.delitem(sys.modules, "revmux_vllm.serving.application", raising=False)
     monkeypatch.setattr(builtins, "__import__", refusing)
-    monkeypatch.setattr("revmux_vllm.serving.cli.find_spec", lambda name: None)
+    monkeypatch.setattr("revmux_vllm.errors.find_spec", lambda name: None)
 
 
 @pytest.mark.usefixtures("without_ray")
@@ -86,6 +86,8 @@ def test_the_command_refuses_what_the_application_refuses() -> None:
     result = revmux("serve --replicas 0 --option fill_ms=fast --option foo=1")
     assert result.exit_code == 2
     assert all(word in result.output for word in ("replicas", "fill_ms", "foo: unknown"))
+    assert "--replicas: Input should be greater than or equal to 1, found 0" in result.output
+    assert "--option fill_ms: Input should be a valid number" in result.output
     assert "expected KEY=VALUE" in revmux("serve --option fast").output
     result = revmux("serve --vllm-args --bogus")
     assert result.exit_code == 2

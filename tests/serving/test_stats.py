@@ -34,7 +34,7 @@ def test_pages_of_several_replicas_become_one() -> None:
 @pytest.fixture
 def engine(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     """What the engine's metrics are made to say, and a clock that moves a second at each look."""
-    numbers = {"arrived": 0.0, "waiting": 0.0, "in_use": 0.0, "widest": 0.0}
+    numbers = {"arrived": 0.0, "waiting": 0.0, "widest": 0.0}
     seconds = iter(range(1000))
     monkeypatch.setattr(stats, "engine_numbers", lambda: dict(numbers))
     monkeypatch.setattr(time, "monotonic", lambda: float(next(seconds)))
@@ -50,9 +50,9 @@ def test_a_replica_that_was_never_measured_says_so(engine: dict[str, float]) -> 
 
 def test_load_is_work_over_what_the_widest_rung_answers(engine: dict[str, float]) -> None:
     reader = StatsReader(horizon_s=2.0)
-    engine.update(arrived=100, waiting=60, in_use=100, widest=200)
+    engine.update(arrived=100, waiting=60, widest=200)
     look = reader.look(400, is_idle=False)  # four characters a token
-    assert look == ReplicaStats(1, chars_per_s=800, load=(100 + 60 / 2) / 200, backlog_s=0.6)
+    assert look == ReplicaStats(1, chars_per_s=800, load=(100 + 60 / 2) / 200)
     assert reader.look(400, is_idle=True) == ReplicaStats(2, chars_per_s=800), "nothing came since"
 
 
@@ -72,7 +72,7 @@ def test_the_engines_own_metrics_are_read_by_their_names() -> None:
         metrics.capacity.labels(at="widest", **by).set(200)
     after = stats.engine_numbers()
     assert {key: after[key] - before[key] for key in after} == {
-        "answered": 14, "arrived": 10, "waiting": 14, "in_use": 200, "widest": 400,
+        "answered": 14, "arrived": 10, "waiting": 14, "widest": 400,
     }  # fmt: skip
     assert REGISTRY.get_sample_value("revmux:waiting_tokens", by) == 7
 

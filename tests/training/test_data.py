@@ -132,7 +132,7 @@ def test_missing_sources_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no such file"):
         data.read_rows(tmp_path / "nothing.tsv", NAMES)
     path = write(tmp_path, "label\ttext\n1\tfine\n")
-    with pytest.raises(ValueError, match=r"expected the columns a and b; .*with --text-columns"):
+    with pytest.raises(ValueError, match=r"expected the columns a and b; .*with text_columns"):
         data.read_rows(path, NAMES, text_columns=["a", "b"])
 
 

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from word_tokenizers import save_pair_tokenizer
 
 from revmux_vllm import checkpoint
-from revmux_vllm.backbones import load_backbone
+from revmux_vllm.backbones.loading import load_backbone
 from revmux_vllm.reference import classify
 from revmux_vllm.rungs import Rung
 from revmux_vllm.training import data
@@ -34,8 +34,8 @@ def test_json_alone_on_standard_output(trained: Path, rows: Path) -> None:
     report = json.loads(result.stdout)
     assert report["classes"] == ["LABEL_0", "LABEL_1"]
     assert [row["layer"] for row in report["early_exit"]] == [1, 2, 3]
-    for width, limit in (("2", 1.6), ("4", 16 / 7)):
-        row = report["widths"][width]
+    for rung, limit in (("mux:2", 1.6), ("mux:4", 16 / 7)):
+        row = report["rungs"][rung]
         assert row["prefill_layers"] == 1
         assert row["layer_limit"] == pytest.approx(limit)
         assert row["speedup"] < limit
@@ -45,8 +45,8 @@ def test_json_alone_on_standard_output(trained: Path, rows: Path) -> None:
         assert [sum(counts) for counts in row["confusion"]] == pytest.approx([32, 32])
     # What was measured at the end of training is what is measured now.
     assert (
-        report["widths"]["2"]["accuracy"]
-        == (checkpoint.read_report(trained)["widths"]["2"]["accuracy"])
+        report["rungs"]["mux:2"]["accuracy"]
+        == (checkpoint.read_report(trained)["rungs"]["mux:2"]["accuracy"])
     )
 
 

@@ -21,13 +21,13 @@ from vllm.model_executor.models.interfaces import SupportsQuant
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
 
 from revmux_vllm import checkpoint
-from revmux_vllm.adapters import AdapterLadder
-from revmux_vllm.backbones import label_tokens
+from revmux_vllm.adapters.kinds import AdapterLadder
+from revmux_vllm.backbones.loading import label_tokens
 from revmux_vllm.config import RevMuxConfig
 from revmux_vllm.engine.attention import composite_attention_backend, enter_upper_layers
 from revmux_vllm.engine.layout import MuxLayout
 from revmux_vllm.engine.stages import DEMULTIPLEX, LOWER, MULTIPLEX, UPPER, clock
-from revmux_vllm.rungs import Rung
+from revmux_vllm.families import family_of
 
 
 def classify_pooler(
@@ -45,7 +45,6 @@ class RevMuxForSequenceClassification(nn.Module, SupportsQuant, ABC):
     """Backbone, adapters and vLLM's own pooler with the backbone's head.
 
     Attributes:
-        pools_first: the pooled token is a sequence's first one; else it is the last.
         weights_mapper: vLLM's own for the backbone's layers.
         word_tokens: tokens of the label words, whose rows of the LM head are ``score``; or empty.
         lower: token ids and positions to hidden states; has ``embed_input_ids``. A family whose
@@ -61,7 +60,6 @@ class RevMuxForSequenceClassification(nn.Module, SupportsQuant, ABC):
     score_type: ClassVar[str] = "cross-encoder"  # /score and /rerank, where there is one label
     # A composite must run whole, as an encoder's sequence must; see engine/model_config.py.
     attn_type: ClassVar[str] = "encoder_only"
-    pools_first: ClassVar[bool] = False
     weights_mapper: ClassVar[WeightsMapper]
     lower: Any
     upper: Any
@@ -78,10 +76,12 @@ class RevMuxForSequenceClassification(nn.Module, SupportsQuant, ABC):
         if self.revmux.label_words:
             tokenizer = AutoTokenizer.from_pretrained(model_config.tokenizer)
             self.word_tokens = label_tokens(tokenizer, self.revmux.label_words)
+        self.num_layers = hf_config.num_hidden_layers
+        pools_first = family_of(hf_config.model_type).pools_first
         self.upper_layer_names: list[str] = []
         for attention in self.build(vllm_config, self.revmux.prefill_layers):
             attention.attn_backend = composite_attention_backend(
-                attention.attn_backend, self.pools_first
+                attention.attn_backend, pools_first
             )
             self.upper_layer_names.append(attention.layer_name)
         here = torch.empty(0)
@@ -126,12 +126,13 @@ class RevMuxForSequenceClassification(nn.Module, SupportsQuant, ABC):
         self.pooler = classify_pooler(vllm_config, self.score)
 
     @abstractmethod
-    def own_name(self, name: str) -> str:
-        """Name in the backbone's checkpoint to name here; empty for what is not needed."""
+    def weight_names(self) -> WeightsMapper:
+        """Names in the backbone's checkpoint to names here."""
 
-    def trunk_of(self, layer: int) -> str:
-        """Which trunk has a backbone layer."""
-        return "lower" if layer < self.revmux.prefill_layers else "upper"
+    def layer_prefixes(self, prefix: str) -> dict[str, str]:
+        """Of every layer, whose names in the checkpoint begin with ``prefix`` and its number."""
+        trunk = ["lower"] * self.revmux.prefill_layers + ["upper"] * self.num_layers
+        return {f"{prefix}.{i}.": f"{trunk[i]}.layers.{i}." for i in range(self.num_layers)}
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         """Token ids (num_tokens,) to embeddings (num_tokens, D)."""
@@ -188,22 +189,19 @@ class RevMuxForSequenceClassification(nn.Module, SupportsQuant, ABC):
         parts = [hidden[layout.alone]]
         padded = torch.cat([hidden, hidden.new_zeros(1, hidden.shape[-1])]).to(self.adapter_dtype)
         for part in layout.rungs:
-            adapter = self.adapters[part.rung]
-            source = padded
-            if adapter.merger is not None:
-                source = adapter.merger(padded[part.tokens], part.merged)
-            if adapter.mux is not None:
-                if adapter.merger is not None:
-                    source = torch.cat([source, padded[-1:]])
-                source = adapter.mux.multiplex(source[part.rows], part.present)
-            parts.append(source.to(hidden.dtype))
+            adapter, source = self.adapters[part.rung], padded
+            if part.tokens is not None and part.merged is not None:
+                merged = adapter.merge(padded[part.tokens], part.merged)
+                source = torch.cat([merged, padded[-1:]])
+            rows, _ = adapter.multiplex(source[part.rows], part.present)
+            parts.append(rows.to(hidden.dtype))
         return torch.cat(parts)
 
     def demultiplex(self, out: Tensor, hidden: Tensor, layout: MuxLayout) -> Tensor:
         """Upper rows (U, D) back to token rows (num_tokens, D), each at its owner's place."""
         result = torch.zeros_like(hidden)
         result[layout.alone] = out[: len(layout.alone)]
-        if not layout.rungs and not len(layout.exits):
+        if not layout.rungs:
             return result
         lengths = layout.sequence_lengths
         # Summed in float32 as the reference does; in half precision the order would show.
@@ -212,34 +210,27 @@ class RevMuxForSequenceClassification(nn.Module, SupportsQuant, ABC):
         parts = [hidden[layout.pooled_token], total / lengths[:, None]]
         skip = torch.stack([part.to(self.adapter_dtype) for part in parts], dim=1)  # (B, 2, D)
         for part in layout.rungs:
-            adapter = self.adapters[part.rung]
-            read = out[part.read_at].to(self.adapter_dtype)
-            vectors = adapter.read(read, part.stream, skip[part.sequence])
+            read = None if part.read_at is None else out[part.read_at].to(self.adapter_dtype)
+            vectors = self.adapters[part.rung].read(read, part.stream, skip[part.sequence])
             result[layout.pooled_token[part.sequence]] = vectors.to(hidden.dtype)
-        if len(layout.exits):
-            exit_head = self.adapters[Rung(exit=True)].exit
-            assert exit_head is not None
-            vectors = exit_head(skip[layout.exits])
-            result[layout.pooled_token[layout.exits]] = vectors.to(hidden.dtype)
         return result
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Backbone and adapters from one stream; the names decide which is which."""
-        return AutoWeightsLoader(self).load_weights(
-            self._named(weights), mapper=self.weights_mapper
-        )
+        adapters = WeightsMapper(orig_to_new_prefix={checkpoint.KEY_PREFIX: "adapters."})
+        mapper = self.weight_names() | self.weights_mapper | adapters
+        return AutoWeightsLoader(self).load_weights(self._prepared(weights), mapper=mapper)
 
-    def _named(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    def _prepared(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """Adapters in their dtype, and the label words' rows of the LM head as ``score``."""
         rows: dict[str, Tensor] = {}
         for name, weight in weights:
             if name.startswith(checkpoint.KEY_PREFIX):
-                own = "adapters." + name.removeprefix(checkpoint.KEY_PREFIX)
-                yield own, weight.to(self.adapter_dtype)
+                yield name, weight.to(self.adapter_dtype)
                 continue
             if self.word_tokens and name in ("lm_head.weight", self.embeddings_name):
                 rows[name] = weight[self.word_tokens]
-            if own := self.own_name(name):
-                yield own, weight
+            yield name, weight
         if self.word_tokens:
             name = "lm_head.weight" if "lm_head.weight" in rows else self.embeddings_name
             yield "score.weight", rows[name] * self.words_scale

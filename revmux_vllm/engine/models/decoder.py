@@ -13,6 +13,7 @@ from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaModel
 from vllm.model_executor.models.mistral import MistralDecoderLayer
 from vllm.model_executor.models.qwen2 import Qwen2DecoderLayer
 from vllm.model_executor.models.qwen3 import Qwen3DecoderLayer
+from vllm.model_executor.models.utils import WeightsMapper
 
 from revmux_vllm.engine.models.base import RevMuxForSequenceClassification
 
@@ -100,13 +101,14 @@ class RevMuxDecoderForSequenceClassification(RevMuxForSequenceClassification):
         self.build_score(vllm_config)
         return [layer.get_submodule("self_attn.attn") for layer in self.upper.layers.values()]
 
-    def own_name(self, name: str) -> str:
-        if name == "lm_head.weight":
-            return ""
-        if name.startswith("model.layers."):
-            return name.replace("model", self.trunk_of(int(name.split(".")[2])), 1)
-        return name.replace("model.embed_tokens", "lower.embed_tokens").replace(
-            "model.norm", "upper.norm"
+    def weight_names(self) -> WeightsMapper:
+        return WeightsMapper(
+            orig_to_new_prefix={
+                **self.layer_prefixes("model.layers"),
+                "model.embed_tokens.": "lower.embed_tokens.",
+                "model.norm.": "upper.norm.",
+                "lm_head.": None,  # of it the words' rows are ``score``
+            }
         )
 
 

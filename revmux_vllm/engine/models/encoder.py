@@ -17,6 +17,7 @@ from vllm.model_executor.models.bert import (
     _encode_token_type_ids,
 )
 from vllm.model_executor.models.roberta import RobertaClassificationHead, RobertaEmbedding
+from vllm.model_executor.models.utils import WeightsMapper
 
 from revmux_vllm.engine.layout import MuxLayout
 from revmux_vllm.engine.models.base import RevMuxForSequenceClassification, classify_pooler
@@ -86,7 +87,6 @@ class RevMuxBertForSequenceClassification(RevMuxForSequenceClassification):
 
     packed_modules_mapping: ClassVar[dict[str, list[str]]] = {"qkv_proj": ["query", "key", "value"]}
     default_seq_pooling_type: ClassVar[str] = "CLS"
-    pools_first = True
     trunk_name: ClassVar[str] = "bert"
     embedding_class: ClassVar[type[nn.Module]] = BertEmbedding
     weights_mapper = BertPoolingModel.hf_to_vllm_mapper
@@ -132,12 +132,14 @@ class RevMuxBertForSequenceClassification(RevMuxForSequenceClassification):
             assert self.lower.embeddings.word_embeddings.num_embeddings < (1 << TOKEN_TYPE_SHIFT)
             _encode_token_type_ids(input_ids, token_type_ids)
 
-    def own_name(self, name: str) -> str:
-        if name.startswith(f"{self.trunk_name}.encoder.layer."):
-            _, _, _, layer, rest = name.split(".", 4)
-            return f"{self.trunk_of(int(layer))}.layers.{layer}.{rest}"
-        return name.replace(f"{self.trunk_name}.embeddings", "lower.embeddings").replace(
-            f"{self.trunk_name}.pooler", "first_token"
+    def weight_names(self) -> WeightsMapper:
+        name = self.trunk_name
+        return WeightsMapper(
+            orig_to_new_prefix={
+                **self.layer_prefixes(f"{name}.encoder.layer"),
+                f"{name}.embeddings.": "lower.embeddings.",
+                f"{name}.pooler.": "first_token.",
+            }
         )
 
 

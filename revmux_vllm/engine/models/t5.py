@@ -7,6 +7,7 @@ stands in the model, unused, because the step's layout comes with attention meta
 """
 
 import copy
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -17,8 +18,9 @@ from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import EncoderOnlyAttention
 from vllm.model_executor.models.utils import WeightsMapper
 
-from revmux_vllm.backbones import output_scale
+from revmux_vllm import checkpoint
 from revmux_vllm.backbones.base import batches_by_length, inside
+from revmux_vllm.backbones.loading import output_scale
 from revmux_vllm.backbones.t5 import T5Backbone
 from revmux_vllm.engine.layout import MuxLayout
 from revmux_vllm.engine.models.base import RevMuxForSequenceClassification
@@ -44,11 +46,12 @@ class RevMuxT5ForSequenceClassification(RevMuxForSequenceClassification):
         self.words_scale = output_scale(hf_config)
         return [EncoderOnlyAttention(1, 64, 1.0, prefix="layout.attn")]
 
-    def own_name(self, name: str) -> str:
+    def weight_names(self) -> WeightsMapper:
         # Of the LM head the words' rows are ``score``, and the module is tied to the embeddings.
         # Google's own files have one bias too many, which no layer reads.
-        unread = name == "lm_head.weight" or "EncDecAttention.relative_attention_bias" in name
-        return "" if unread else f"t5.{name}"
+        unread = r"^lm_head\.weight$|EncDecAttention\.relative_attention_bias"
+        own = rf"^(?!score\.|{re.escape(checkpoint.KEY_PREFIX)})"
+        return WeightsMapper(orig_to_new_regex={re.compile(unread): None, re.compile(own): "t5."})
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """In the engine's dtype, or vLLM would warn of every tensor."""

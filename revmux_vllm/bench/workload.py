@@ -1,0 +1,110 @@
+"""The model that is measured, and the texts that it is loaded with."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from revmux_vllm import bundled, checkpoint
+from revmux_vllm.backbones.loading import most_positions
+from revmux_vllm.bench.lengths import Lengths, choose_texts, make_prompts, make_texts
+from revmux_vllm.bench.settings import OfflineSettings, OnlineSettings, option_of_vllm
+from revmux_vllm.config import RevMuxConfig
+from revmux_vllm.errors import UserError
+from revmux_vllm.families import family_of
+from revmux_vllm.planning.options import read_options
+
+
+@dataclass(frozen=True)
+class Model:
+    """A checkpoint.
+
+    Attributes:
+        name: as the user gave it.
+        folder: where it is.
+        config: its ``revmux`` object.
+        num_layers: layers L of the backbone.
+        plain_architecture: vLLM's own class for the backbone; None where vLLM alone cannot serve
+            it, because it answers with label words.
+    """
+
+    name: str
+    folder: Path
+    config: RevMuxConfig
+    num_layers: int
+    plain_architecture: str | None
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A model, and texts of some lengths."""
+
+    model: Model
+    lengths: Lengths
+    texts: list[str]
+
+
+def read_model(name: str, load_format: str | None = None) -> Model:
+    """Read a checkpoint; its weights are checked unless they are drawn at random (``dummy``).
+
+    Raises:
+        UserError: if it is none.
+    """
+    folder = bundled.resolve(name)
+    if load_format != "dummy":
+        checkpoint.validate(folder)
+    config, values = checkpoint.read_config(folder)
+    layers = checkpoint.backbone_shape(values)[1]
+    plain = None if config.label_words else family_of(values["model_type"]).plain_architecture
+    return Model(name, folder, config, layers, plain)
+
+
+def prepare(settings: OnlineSettings) -> Workload:
+    """Read the checkpoint and make the texts of ``revmux bench online``.
+
+    Raises:
+        UserError: for a model that cannot be measured, options that its scheduler does not know,
+            or texts that cannot be made.
+    """
+    model = read_model(settings.model, settings.load_format)
+    if model.plain_architecture is None:
+        raise UserError(
+            model.name,
+            "it answers with label words; vLLM alone cannot serve that backbone, so there is "
+            "nothing to compare with",
+        )
+    read_options(settings.additional_config, model.config)
+    lengths, texts = choose_texts(settings.lengths, settings.texts)
+    tokenizer = read_tokenizer(model.folder)
+    most = most_tokens(model.folder, tokenizer, settings.server_args)
+    return Workload(model, lengths, make_texts(tokenizer, lengths, most, settings.seed, texts))
+
+
+def prepare_prompts(settings: OfflineSettings, model: Model) -> tuple[Lengths, list[list[int]]]:
+    """Token ids of one round of ``revmux bench offline``, and what was chosen as their lengths.
+
+    Raises:
+        UserError: for texts that cannot be made.
+    """
+    lengths, texts = choose_texts(settings.lengths, settings.texts)
+    tokenizer = read_tokenizer(model.folder)
+    most = most_tokens(model.folder, tokenizer)
+    return lengths, make_prompts(tokenizer, lengths, most, settings.seed, texts, settings.requests)
+
+
+def read_tokenizer(folder: Path) -> Any:
+    """Of a checkpoint, as transformers reads it."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def most_tokens(folder: Path, tokenizer: Any, server_args: tuple[str, ...] = ()) -> int:
+    """The longest text that the model takes, special tokens counted."""
+    from transformers import AutoConfig
+
+    limits = [tokenizer.model_max_length, most_positions(AutoConfig.from_pretrained(folder))]
+    if (given := option_of_vllm(server_args, "max-model-len")) is not None:
+        if not given.isdecimal():
+            raise UserError(f"`server_args` --max-model-len {given}", expected="a number here")
+        limits.append(int(given))
+    return int(min(limit for limit in limits if limit))

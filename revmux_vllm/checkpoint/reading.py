@@ -1,0 +1,178 @@
+"""Read a checkpoint folder, and check it without reading its weights."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+
+from revmux_vllm.adapters.kinds import AdapterLadder
+from revmux_vllm.checkpoint.files import ADAPTER_FILE, KEY_PREFIX, REPORT_FILE, read_json
+from revmux_vllm.config import RevMuxConfig, as_key
+from revmux_vllm.errors import UserError, within
+from revmux_vllm.families import family_of
+
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+def read_config(folder: str | Path) -> tuple[RevMuxConfig, dict[str, Any]]:
+    """The ``revmux`` object and the whole ``config.json``, checked against each other.
+
+    Raises:
+        UserError: naming the key, what was expected and what was found.
+    """
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise UserError(f"{folder}", "not a checkpoint folder: config.json is missing")
+    values = read_json(path)
+    if "revmux" not in values:
+        cure = "is this a plain backbone? `revmux train` it"
+        raise UserError(f"{path}", "revmux: missing", cure=cure)
+    with within(f"{path}", as_key):
+        wanted = [family_of(values.get("model_type", "")).architecture]
+        if (found := values.get("architectures")) != wanted:
+            kind = f"{wanted} for model_type {values['model_type']!r}"
+            raise UserError("architectures", f"expected {kind}, found {found}")
+        config = RevMuxConfig.from_dict(values["revmux"])
+        config.check_backbone(*backbone_shape(values))
+    return config, values
+
+
+def backbone_shape(values: dict[str, Any]) -> tuple[int, int]:
+    """Hidden size and layers of a ``config.json``; T5 has names of its own for them."""
+    if "d_model" in values:
+        return int(values["d_model"]), int(values["num_layers"])
+    return int(values["hidden_size"]), int(values["num_hidden_layers"])
+
+
+def meta_ladder(config: RevMuxConfig, values: dict[str, Any]) -> AdapterLadder:
+    """Adapters of the shapes that a ``config.json`` asks for, without memory behind them."""
+    with torch.device("meta"):
+        return AdapterLadder(config, backbone_shape(values)[0])
+
+
+def read_report(folder: str | Path) -> dict[str, Any]:
+    """What was measured when the checkpoint was made; empty if nothing was."""
+    path = Path(folder) / REPORT_FILE
+    return read_json(path) if path.is_file() else {}
+
+
+def validate(folder: str | Path) -> RevMuxConfig:
+    """Check a folder without reading its weights: keys, shapes and dtypes of every tensor.
+
+    Raises:
+        UserError: listing everything that is wrong.
+    """
+    folder = Path(folder)
+    config, values = read_config(folder)
+    _check_named_backbone(folder, values)
+    expected = meta_ladder(config, values).state_dict()
+    path = folder / ADAPTER_FILE
+    if not path.is_file():
+        raise UserError(f"{folder}", f"{ADAPTER_FILE} is missing")
+    problems = []
+    try:
+        with safe_open(path, "pt") as file:
+            found = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+            dtypes = {key: tensor.get_dtype() for key, tensor in found.items()}
+            shapes = {key: list(tensor.get_shape()) for key, tensor in found.items()}
+    except SafetensorError as error:
+        raise UserError(f"{path}", f"not a safetensors file: {error}") from error
+    for key, tensor in expected.items():
+        name = KEY_PREFIX + key
+        if name not in found:
+            problems.append(f"{name}: missing")
+            continue
+        if shapes[name] != list(tensor.shape):
+            problems.append(f"{name}: expected shape {list(tensor.shape)}, found {shapes[name]}")
+        if dtypes[name] not in DTYPES:
+            problems.append(f"{name}: expected one of {sorted(DTYPES)}, found {dtypes[name]}")
+    names = {KEY_PREFIX + key for key in expected}
+    problems += [f"{key}: unknown key" for key in sorted(set(found) - names)]
+    if len(set(dtypes.values())) > 1:
+        problems.append(f"expected one dtype for all weights, found {sorted(set(dtypes.values()))}")
+    if problems:
+        raise UserError(f"{path}:\n" + "\n".join(problems))
+    return config
+
+
+def _check_named_backbone(folder: Path, values: dict[str, Any]) -> None:
+    """A backbone of another shape would fail late, or load in silence: Mistral's names are LLaMA's.
+
+    One on the hub is not asked for.
+    """
+    named = Path(backbone_folder(folder)) / "config.json"
+    if named.parent == folder:
+        return
+    if not named.is_file():
+        if not named.is_absolute():
+            return  # of the hub
+        raise UserError(
+            f"{folder / 'config.json'}: revmux.backbone",
+            f"{named.parent} is not there any more",
+            cure="put it back, or write there where it is now (`bundle_backbone` would have copied "
+            "it)",
+        )
+    found = read_json(named)
+    differing = [
+        f"{key}: {found[key]!r} in the backbone, {values[key]!r} here"
+        for key in ("model_type", "hidden_size", "num_hidden_layers", "d_model", "num_layers")
+        if key in found and key in values and found[key] != values[key]
+    ]
+    if differing:
+        raise UserError(
+            f"{folder / 'config.json'}: revmux.backbone",
+            f"{named.parent} is not the backbone that the adapters were trained on: "
+            + "; ".join(differing),
+            cure="name that one",
+        )
+
+
+def adapter_dtype(folder: str | Path) -> torch.dtype:
+    """In which the adapters of a valid folder are stored."""
+    with safe_open(Path(folder) / ADAPTER_FILE, "pt") as file:
+        return DTYPES[file.get_slice(next(iter(file.keys()))).get_dtype()]
+
+
+def load_adapters(folder: str | Path, dtype: torch.dtype | None = None) -> AdapterLadder:
+    """The adapters of a folder, in ``dtype`` or as stored."""
+    config = validate(folder)
+    _, values = read_config(folder)
+    tensors = load_file(Path(folder) / ADAPTER_FILE)
+    ladder = meta_ladder(config, values)
+    state = {
+        key.removeprefix(KEY_PREFIX): tensor.to(dtype) if dtype else tensor
+        for key, tensor in tensors.items()
+    }
+    ladder.load_state_dict(state, assign=True)
+    return ladder.eval()
+
+
+def backbone_folder(folder: str | Path) -> str:
+    """Where the backbone's weights are: a folder, or a hub id."""
+    config, _ = read_config(folder)
+    if config.backbone is None:
+        return str(folder)
+    beside = Path(folder) / config.backbone
+    return str(beside) if beside.is_dir() else config.backbone
+
+
+def plain_backbone(folder: Path, target: Path) -> str:
+    """The backbone of a checkpoint as vLLM's own class loads it: without adapters beside it.
+
+    vLLM reads every safetensors file of a folder and refuses weights that its class does not know,
+    so ``target`` becomes a folder of links to all the others.
+    """
+    named = backbone_folder(folder)
+    if named != str(folder):
+        return named
+    for path in folder.iterdir():
+        if path.name not in (ADAPTER_FILE, "config.json"):
+            (target / path.name).symlink_to(path.resolve())
+    _, values = read_config(folder)
+    del values["revmux"]
+    values["architectures"] = [family_of(values["model_type"]).plain_architecture]
+    (target / "config.json").write_text(json.dumps(values), encoding="utf-8")
+    return str(target)

@@ -1,0 +1,142 @@
+"""Write a checkpoint folder; what was there before stays until all of the new one is written."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save as serialize
+
+from revmux_vllm.adapters.kinds import AdapterLadder
+from revmux_vllm.checkpoint.files import ADAPTER_FILE, KEY_PREFIX, REPORT_FILE, WORK_FOLDER
+from revmux_vllm.checkpoint.reading import backbone_shape
+from revmux_vllm.config import RevMuxConfig
+from revmux_vllm.errors import UserError, within
+from revmux_vllm.families import family_of
+
+BACKBONE_FILES = ("model*.safetensors", "model.safetensors.index.json")
+
+
+def save(
+    folder: str | Path,
+    ladder: AdapterLadder,
+    backbone: str | Path,
+    card: str,
+    *,
+    report: dict[str, Any] | None = None,
+    bundle_backbone: bool = False,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write a checkpoint folder; nothing is replaced before everything is written.
+
+    Args:
+        folder: created if missing.
+        ladder: the adapters.
+        backbone: folder or hub id of the frozen classifier.
+        card: text of the model card.
+        report: what was measured, as ``revmux eval --json`` prints it.
+        bundle_backbone: copy the backbone's weights into the folder (``backbone`` must be a
+            folder); otherwise the checkpoint names it.
+        dtype: store the adapters in this dtype; default as they are.
+    """
+    from transformers import AutoTokenizer
+
+    folder = Path(folder)
+    check_output(folder, backbone, bundle_backbone)
+    named = str(Path(backbone).resolve()) if Path(backbone).is_dir() else str(backbone)
+    config = replace(ladder.config, backbone=None if bundle_backbone else named)
+    values = _config_values(config, backbone)
+    partial = folder / "partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    AutoTokenizer.from_pretrained(backbone).save_pretrained(partial)
+    if bundle_backbone:
+        for source in weight_files(backbone):
+            shutil.copyfile(source, partial / source.name)
+    tensors = {
+        KEY_PREFIX + key: tensor.detach().to(dtype or tensor.dtype).contiguous()
+        for key, tensor in ladder.state_dict().items()
+    }
+    # Not save_file: it leaves files that only their owner can read.
+    (partial / ADAPTER_FILE).write_bytes(serialize(tensors, metadata={"format": "pt"}))
+    (partial / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+    for stale in (*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")):
+        if not (partial / stale.name).exists():
+            stale.unlink()
+    for path in partial.iterdir():
+        path.replace(folder / path.name)
+    partial.rmdir()
+    write_card(folder, card, report)
+
+
+def _config_values(config: RevMuxConfig, backbone: str | Path) -> dict[str, Any]:
+    """The checkpoint's ``config.json``: the backbone's, our architecture and the ``revmux`` object.
+
+    Raises:
+        UserError: where the backbone cannot carry the rungs.
+    """
+    from transformers import AutoConfig
+
+    values: dict[str, Any] = AutoConfig.from_pretrained(backbone).to_dict()
+    with within(f"backbone {backbone}"):
+        values["architectures"] = [family_of(values["model_type"]).architecture]
+    config.check_backbone(*backbone_shape(values))
+    values["is_encoder_decoder"] = False  # vLLM would look for a cross-attention cache
+    values["revmux"] = config.to_dict()
+    if config.label_words:
+        names = [word.strip() for word in config.label_words]
+        values["id2label"] = dict(enumerate(names))
+        values["label2id"] = {name: i for i, name in enumerate(names)}
+    values.pop("_name_or_path", None)
+    return values
+
+
+def check_output(folder: Path, backbone: str | Path, bundle_backbone: bool) -> None:
+    """Raise UserError unless a checkpoint over ``backbone`` may be written to ``folder``.
+
+    Only to a new or empty folder, or over another checkpoint or an unfinished training.
+    """
+    if Path(backbone).is_dir() and Path(backbone).resolve() == folder.resolve():
+        cure = "choose another"
+        raise UserError(f"`output` {folder}", "that is the backbone's folder", cure=cure)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"`output` {folder}", "expected a folder, found a file")
+    own = (folder / name for name in ("partial", WORK_FOLDER, ADAPTER_FILE))
+    if folder.exists() and any(folder.iterdir()) and not any(path.exists() for path in own):
+        raise UserError(
+            f"`output` {folder.resolve()}",
+            "has other files than a checkpoint's",
+            cure="choose a new folder",
+        )
+    if bundle_backbone:
+        weight_files(backbone)
+
+
+def weight_files(backbone: str | Path) -> list[Path]:
+    """The safetensors files of a folder; UserError when there are none to bundle."""
+    found = [path for pattern in BACKBONE_FILES for path in Path(backbone).glob(pattern)]
+    if not found:
+        raise UserError(
+            "`bundle_backbone`",
+            f"{backbone} is not a folder with model.safetensors",
+            cure="leave the option out, or download the backbone as safetensors first",
+        )
+    return found
+
+
+def write_card(folder: Path, card: str, report: dict[str, Any] | None) -> None:
+    """The model card, and what was measured; an older report goes."""
+    write_whole(folder / "README.md", card.encode())
+    if report:
+        write_whole(folder / REPORT_FILE, json.dumps(report, indent=1).encode() + b"\n")
+    else:
+        (folder / REPORT_FILE).unlink(missing_ok=True)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file, or on a full disk leave the one that was there."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(content)
+    partial.replace(path)

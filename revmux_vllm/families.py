@@ -1,0 +1,125 @@
+"""The families of backbones, a row each: everything that differs between them and is no code.
+
+Adding a family is a row here, its module in ``backbones/``, its module in ``engine/models/``, and
+tests. Importing this needs neither torch nor vLLM: classes are named, and loaded where they are
+used.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pkgutil import resolve_name
+from typing import Any
+
+from revmux_vllm.errors import UserError
+
+LABEL_WORDS, OWN_HEAD, TENSOR_PARALLEL, FLOAT16 = (
+    "label_words",
+    "own_head",
+    "tensor_parallel",
+    "float16",
+)
+"""What a family may refuse: to answer with words, with a head of its own, in several processes, in
+half precision."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """One row.
+
+    Attributes:
+        model_type: of the backbone's ``config.json``.
+        backbone: class that cuts the transformers model, ``module:Class``.
+        engine_model: class that vLLM runs, ``module:Class``; its name is the architecture.
+        word_model: auto class of transformers that reads a backbone that answers with words.
+        pools_first: the pooled token is a sequence's first one; else it is the last.
+        has_kv_cache: vLLM keeps keys and values in pages.
+        positions_behind_padding: positions count from behind the padding token's id.
+        nce_weight: the paper's weight of InfoNCE.
+        refuses: what cannot work, to the reason and the cure.
+    """
+
+    model_type: str
+    backbone: str
+    engine_model: str
+    word_model: str = "AutoModelForCausalLM"
+    pools_first: bool = False
+    has_kv_cache: bool = True
+    positions_behind_padding: bool = False
+    nce_weight: float = 0.5
+    refuses: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def architecture(self) -> str:
+        """Under ``architectures`` of a checkpoint's ``config.json``, and in vLLM's registry."""
+        return self.engine_model.partition(":")[2]
+
+    @property
+    def plain_architecture(self) -> str:
+        """vLLM's own class for the backbone alone."""
+        return self.architecture.removeprefix("RevMux")
+
+    def load_backbone_class(self) -> Any:
+        """The class that ``backbone`` names."""
+        return resolve_name(self.backbone)
+
+
+def _decoder(model_type: str, name: str) -> Family:
+    return Family(
+        model_type,
+        backbone="revmux_vllm.backbones.decoder:DecoderBackbone",
+        engine_model=f"revmux_vllm.engine.models.decoder:RevMux{name}ForSequenceClassification",
+    )
+
+
+def _encoder(model_type: str, name: str, **more: Any) -> Family:
+    return Family(
+        model_type,
+        backbone="revmux_vllm.backbones.encoder:EncoderBackbone",
+        engine_model=f"revmux_vllm.engine.models.encoder:RevMux{name}ForSequenceClassification",
+        pools_first=True,
+        has_kv_cache=False,
+        refuses={LABEL_WORDS: f"a {model_type} classifier has a head of its own; leave it out"},
+        **more,
+    )
+
+
+FAMILIES = {
+    family.model_type: family
+    for family in (
+        _encoder("bert", "Bert", nce_weight=0.25),
+        _encoder("roberta", "Roberta", positions_behind_padding=True),
+        _decoder("llama", "Llama"),
+        _decoder("mistral", "Mistral"),
+        _decoder("qwen2", "Qwen2"),
+        _decoder("qwen3", "Qwen3"),
+        Family(
+            "t5",
+            backbone="revmux_vllm.backbones.t5:T5Backbone",
+            engine_model="revmux_vllm.engine.models.t5:RevMuxT5ForSequenceClassification",
+            word_model="AutoModelForSeq2SeqLM",
+            has_kv_cache=False,
+            refuses={
+                OWN_HEAD: "a T5 backbone answers with words: give `label_words`, one word per "
+                "class. T5ForSequenceClassification is not supported: it reads the whole text a "
+                "second time in its decoder, which a composite cannot",
+                TENSOR_PARALLEL: "transformers' T5 runs in one process; use 1, and "
+                "--data-parallel-size or replicas to scale out",
+                # Its feed-forward layers do, and float16 is what vLLM takes for a float32 model.
+                FLOAT16: "T5 overflows in float16; --dtype bfloat16 or float32 is the cure",
+            },
+        ),
+    )
+}
+
+
+def family_of(model_type: str) -> Family:
+    """The row of a ``model_type``.
+
+    Raises:
+        UserError: listing those that are supported.
+    """
+    if model_type not in FAMILIES:
+        raise UserError(
+            f"model_type {model_type!r} is not supported; supported are {', '.join(FAMILIES)}"
+        )
+    return FAMILIES[model_type]

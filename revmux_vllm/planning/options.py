@@ -1,0 +1,100 @@
+"""What the user may say about planning: the ``revmux`` object of ``--additional-config``."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from revmux_vllm.config import RevMuxConfig
+from revmux_vllm.errors import UserError, within
+from revmux_vllm.rungs import Rung, parse_rungs
+
+WHERE = "--additional-config revmux"
+
+
+@dataclass(frozen=True)
+class Options:
+    """``--additional-config '{"revmux": {...}}'``.
+
+    Attributes:
+        policy: ``load``, ``off`` (the backbone alone), ``fixed:N`` (composites as wide as N) or
+            ``fixed:RUNG`` by name, such as ``fixed:merge:2``.
+        rungs: of the checkpoint's, those allowed at all; none leaves the backbone alone. Default:
+            all but ``exit``, which has to be asked for.
+        min_width: ``load`` saves at least this much, also when nobody else waits.
+        max_width: the widest composite; 1 leaves merging alone. Default: the widest.
+        target_ms: horizon of ``load``.
+        linger_ms: longest time that a request waits for partners at a composite's rung.
+        isolate: a request without a ``cache_salt`` shares composites with nobody.
+    """
+
+    policy: str = "load"
+    rungs: tuple[Rung, ...] = ()
+    min_width: int = 1
+    max_width: int = 1
+    target_ms: float = 1000.0
+    linger_ms: float = 0.0
+    isolate: bool = False
+
+
+def read_options(additional_config: Any, config: RevMuxConfig) -> Options:
+    """The user's options over a checkpoint.
+
+    Raises:
+        UserError: for an unknown key or value, with what is known, in the spelling of the JSON.
+    """
+    given = additional_config.get("revmux", {}) if isinstance(additional_config, dict) else {}
+    if not isinstance(given, dict):
+        raise UserError(WHERE, f"expected an object, found {given!r}")
+    known = sorted(Options.__dataclass_fields__)
+    if unknown := sorted(set(given) - set(known)):
+        raise UserError(WHERE, f"unknown key {', '.join(unknown)}; known are {', '.join(known)}")
+    with within("", lambda key: f"{WHERE}.{key}"):
+        return _read(given, config)
+
+
+def fixed_rung(options: Options) -> Rung:
+    """The rung that a policy ``fixed:N`` or ``fixed:RUNG`` names; UserError for any other."""
+    kind, _, name = str(options.policy).partition(":")
+    names = {str(rung): rung for rung in options.rungs}
+    names |= {str(rung.mux): rung for rung in options.rungs if rung.merge == 1 and rung.mux > 1}
+    if kind != "fixed" or name not in names:
+        choices = ["load", "off", *(f"fixed:{choice}" for choice in names)]
+        raise UserError("`policy`", expected=f"one of {', '.join(choices)}", found=options.policy)
+    return names[name]
+
+
+def _read(given: dict[str, Any], config: RevMuxConfig) -> Options:
+    widths = sorted({1, *(rung.mux for rung in config.rungs)})
+    savings = sorted({1, *(int(rung.saving) for rung in config.rungs if not rung.exit)})
+    max_width = _one_of("max_width", given.get("max_width", widths[-1]), widths)
+    _one_of("min_width", given.get("min_width", 1), savings)
+    for key, above in (("target_ms", ", above 0"), ("linger_ms", "")):
+        value = given.get(key, 1.0)
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or value < 0 or (above and not value):
+            raise UserError(f"`{key}`", expected=f"milliseconds{above}", found=value)
+    if not isinstance(given.get("isolate", False), bool):
+        raise UserError("`isolate`", expected="true or false", found=given["isolate"])
+    rungs = tuple(rung for rung in _read_rungs(given, config) if rung.mux <= max_width)
+    options = Options(**given | {"rungs": rungs, "max_width": max_width})
+    if options.policy not in ("load", "off"):
+        fixed_rung(options)
+    return options
+
+
+def _read_rungs(given: dict[str, Any], config: RevMuxConfig) -> tuple[Rung, ...]:
+    names = given.get("rungs", [str(rung) for rung in config.rungs if not rung.exit])
+    if not isinstance(names, list):
+        raise UserError("`rungs`", expected="a list", found=names)
+    with within("`rungs`"):
+        rungs = parse_rungs(names)
+    missing = [str(rung) for rung in rungs if rung not in config.rungs]
+    if missing:
+        own = ", ".join(map(str, config.rungs))
+        raise UserError("`rungs`", f"the checkpoint has no {', '.join(missing)}; it has {own}")
+    return rungs
+
+
+def _one_of(key: str, value: Any, choices: list[int]) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value not in choices:
+        raise UserError(f"`{key}`", expected=f"one of {choices}", found=value)
+    return value

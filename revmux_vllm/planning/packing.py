@@ -1,0 +1,183 @@
+"""Who shares a composite.
+
+A plan says only which requests go together. How their rows are combined is the adapter's matter,
+and how the upper layers see them is the engine's.
+"""
+
+from collections import Counter
+from collections.abc import Collection, Hashable, Iterable, Sequence
+from dataclasses import dataclass
+
+from revmux_vllm.rungs import Rung
+
+Packed = tuple[Rung, tuple[int, ...]]
+"""A rung, and indices of the requests that share it, carrier first."""
+
+
+@dataclass(frozen=True)
+class MuxPlan:
+    """The composites of one engine step.
+
+    Attributes:
+        groups: request ids of each composite, the carrier (its longest member) first. A group of
+            one shares its rows with nobody.
+        rungs: at which each of them runs, as many as there are groups.
+    """
+
+    groups: tuple[tuple[str, ...], ...]
+    rungs: tuple[Rung, ...]
+
+    def __post_init__(self) -> None:
+        members = [member for group in self.groups for member in group]
+        if len(members) != len(set(members)):
+            raise ValueError(f"plan: a request stands in more than one composite: {self.groups}")
+        if any(not group for group in self.groups):
+            raise ValueError("plan: an empty composite")
+        if [rung.mux for rung in self.rungs] != [len(group) for group in self.groups]:
+            raise ValueError(f"plan: rungs {self.rungs} for composites {self.groups}")
+
+
+def pack(
+    lengths: Sequence[int],
+    widths: Iterable[int],
+    domains: Sequence[Hashable] | None = None,
+) -> list[tuple[int, ...]]:
+    """Group sequences into composites, similar lengths together.
+
+    Within a domain the sequences are sorted by length, longest first, and cut greedily from the
+    top: as many of the largest width as there are, then the next, and what is left runs alone.
+    O(n log n); equal lengths keep their order, so the result depends on the arguments alone.
+
+    Args:
+        lengths: tokens of each sequence, all positive.
+        widths: composite widths that adapters exist for; 1 is always allowed.
+        domains: isolation domain of each sequence; sequences of different domains never share a
+            composite. Default: one domain.
+
+    Returns:
+        Groups of indices into ``lengths``, each index in exactly one, carrier first.
+    """
+    ladder = sorted(set(widths) - {1}, reverse=True)
+    if any(width < 1 for width in ladder):
+        raise ValueError(f"widths: expected positive integers, found {sorted(set(widths))}")
+    by_domain: dict[Hashable, list[int]] = {}
+    if domains is None:
+        by_domain[None] = list(range(len(lengths)))
+    else:
+        for index, domain in enumerate(domains):
+            by_domain.setdefault(domain, []).append(index)
+
+    groups: list[tuple[int, ...]] = []
+    for members in by_domain.values():
+        members.sort(key=lengths.__getitem__, reverse=True)
+        start = 0
+        for width in ladder:
+            while len(members) - start >= width:
+                groups.append(tuple(members[start : start + width]))
+                start += width
+        groups.extend((index,) for index in members[start:])
+    return groups
+
+
+def pack_rungs(
+    lengths: Sequence[int],
+    rungs: Iterable[Rung],
+    domains: Sequence[Hashable] | None = None,
+    exact: Collection[int] = (),
+) -> list[Packed]:
+    """``pack`` for the cheapest of ``rungs``, narrower ones as merged as it for what is left.
+
+    What is left without a partner runs at the rung that merges as much, or else at the cheapest one
+    that needs no partner, which is the backbone alone if nothing merges.
+
+    Args:
+        lengths, domains: as for ``pack``.
+        rungs: that may be used; the backbone alone always may.
+        exact: indices of those that run on the backbone alone whatever else may be used.
+    """
+    if exact:
+        others = [i for i in range(len(lengths)) if i not in exact]
+        theirs = None if domains is None else [domains[i] for i in others]
+        packed = pack_rungs([lengths[i] for i in others], rungs, theirs)
+        return [
+            *((rung, tuple(others[i] for i in group)) for rung, group in packed),
+            *((Rung(), (i,)) for i in sorted(exact)),
+        ]
+    ladder = [Rung(), *rungs]
+    cheapest = max(ladder, key=lambda rung: (rung.saving, rung.merge))
+    alone = max(
+        (rung for rung in ladder if rung.mux == 1),
+        key=lambda rung: (rung.merge == cheapest.merge > 1, rung.saving),
+    )
+    kind = [rung for rung in ladder if rung.merge == cheapest.merge and rung.mux > 1]
+    by_width = {1: alone} | ({rung.mux: rung for rung in kind} if cheapest.mux > 1 else {})
+    return [(by_width[len(group)], group) for group in pack(lengths, by_width, domains)]
+
+
+def first_of(
+    packed: Iterable[Packed],
+    lengths: Sequence[int],
+    rungs: Collection[Rung],
+    max_tokens: int,
+    max_requests: int,
+    fresh: frozenset[int] | set[int] = frozenset(),
+) -> list[Packed]:
+    """The composites that run now: the one with the longest waiting member first, and so on.
+
+    So whoever overtakes shares a composite with one that did not: the p-th request of the queue is
+    overtaken by at most ``(N - 1) * p`` others, and runs no later than if its predecessors had run
+    alone, as many in a step as there are composites. ``fresh`` ones may wait for one step more, as
+    long as a composite of the widest kind runs meanwhile. O(n log n).
+
+    Args:
+        packed: as ``pack_rungs`` gives them; indices are places in the queue.
+        lengths: tokens of each request.
+        rungs: as for ``pack_rungs``.
+        max_tokens, max_requests: of a step. A composite beyond them by itself runs in part. Upper
+            layers never have more rows or sequences than lower ones, so these are theirs too.
+        fresh: requests that may be left for the next step, where they may find partners.
+    """
+    chosen: list[Packed] = []
+    for rung, group in sorted(packed, key=lambda entry: min(entry[1])):
+        tokens = sum(lengths[i] for i in group)
+        if tokens > max_tokens or len(group) > max_requests:
+            if not chosen:
+                part = _fitting(sorted(group), lengths, max_tokens, max_requests)
+                packed_part = pack_rungs([lengths[i] for i in part], rungs)
+                chosen = [(at, tuple(part[i] for i in members)) for at, members in packed_part]
+            break
+        chosen.append((rung, group))
+        max_tokens -= tokens
+        max_requests -= len(group)
+    widest = max((rung.mux for rung in rungs), default=1)
+    if any(rung.mux == widest for rung, _ in chosen):
+        return [e for e in chosen if e[0].mux == widest or not fresh.issuperset(e[1])]
+    return chosen
+
+
+def _fitting(
+    members: Sequence[int], lengths: Sequence[int], max_tokens: int, max_requests: int
+) -> list[int]:
+    """As many of ``members`` as fit, from the first on."""
+    fitting: list[int] = []
+    for i in members:
+        max_tokens -= lengths[i]
+        max_requests -= 1
+        if min(max_tokens, max_requests) < 0:
+            break
+        fitting.append(i)
+    return fitting
+
+
+def fallbacks(alone: Sequence[tuple[Hashable, bool]], because: str | None) -> Counter[str]:
+    """Why requests run alone, counted.
+
+    Args:
+        alone: isolation domain of each, and whether it asked for the exact answer.
+        because: what to call it where no other rung was used; None where one was. Then those of one
+            domain had no partner left (``no_partner``), those of several were kept apart
+            (``isolation``).
+    """
+    domains = [domain for domain, exact in alone if not exact]
+    apart = "isolation" if len(set(domains)) > 1 else "no_partner"
+    return +Counter({"exact": len(alone) - len(domains), because or apart: len(domains)})

@@ -1,0 +1,225 @@
+"""One step, planned: what the engine's scheduler, the simulation and the tests ask.
+
+Of the requests that wait, a window is packed into composites, and those with the oldest members are
+chosen. The engine takes what it has room for, and what it took is the step. Nothing is remembered
+from one step to the next but the rung, the costs and the times of the last choice: a request that
+was aborted, preempted or not taken is simply not there, or there again, when the next step is
+planned.
+
+All times are seconds on one clock, the caller's.
+"""
+
+from collections import Counter
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from revmux_vllm.config import RevMuxConfig
+from revmux_vllm.planning.costs import ArrivalRate, Backlog, Budgets, LayerCosts
+from revmux_vllm.planning.options import Options
+from revmux_vllm.planning.packing import MuxPlan, fallbacks, first_of, pack_rungs
+from revmux_vllm.planning.policy import Policy, make_policy
+from revmux_vllm.rungs import Rung
+
+RATE_HORIZONS = 5
+"""The rate of arrivals is an average over so many horizons, so that a burst is no rate."""
+
+Counts = Counter[tuple[str, str]]
+"""What happened how often, by kind and label; of kind ``us`` how many microseconds it took."""
+
+
+class Waiting(NamedTuple):
+    """A request, as far as planning knows it.
+
+    Attributes:
+        id: of the request.
+        num_tokens: of its prompt.
+        domain: its isolation domain; None shares composites with others of no domain.
+        exact: it asks for the backbone alone.
+        arrived_s: when it came.
+    """
+
+    id: str
+    num_tokens: int
+    domain: Hashable = None
+    exact: bool = False
+    arrived_s: float = 0.0
+
+
+Composite = tuple[Rung, tuple[Waiting, ...]]
+"""A rung, and the requests that share it, carrier first."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What should run now; empty while the engine lingers or is paused.
+
+    Attributes:
+        rungs: that it may use, beside the backbone alone.
+        composites: by their longest waiting member.
+    """
+
+    rungs: tuple[Rung, ...] = ()
+    composites: tuple[Composite, ...] = ()
+
+    @property
+    def members(self) -> list[Waiting]:
+        """Of all composites, in their order."""
+        return [member for _, group in self.composites for member in group]
+
+
+class StepPlanner:
+    """Plans step after step: ``choose`` what should run, and ``plan`` what the engine took of it.
+
+    Args:
+        config: of the checkpoint.
+        options: of the user.
+        num_layers: layers L of the backbone.
+        budgets: of one step.
+        now_s: the time.
+        costs: what steps cost; default: to be measured.
+
+    Attributes:
+        policy: which rungs a step may use; may be replaced between two steps.
+        counts: what was planned since they were last taken, and cleared, by whoever reports them.
+    """
+
+    def __init__(
+        self,
+        config: RevMuxConfig,
+        options: Options,
+        num_layers: int,
+        budgets: Budgets,
+        now_s: float,
+        costs: LayerCosts | None = None,
+    ) -> None:
+        self.config, self.options, self.budgets = config, options, budgets
+        self.costs = costs or LayerCosts(config.prefill_layers, num_layers)
+        self.policy: Policy = make_policy(config, options, self.costs, budgets)
+        self.arrivals = ArrivalRate(RATE_HORIZONS * options.target_ms / 1000, now_s)
+        self.counts: Counts = Counter()
+        self._chose_at_s = now_s
+        self._lingering_since_s: float | None = None
+
+    @property
+    def window(self) -> int:
+        """Most waiting requests to show to ``choose``, the longest waiting ones."""
+        return self.policy.window
+
+    def arrive(self, num_tokens: int) -> None:
+        """A request came."""
+        self.arrivals.add(num_tokens)
+        self.counts["arrived_tokens", ""] += num_tokens
+
+    def choose(
+        self, window: Sequence[Waiting], num_waiting: int, free_requests: int, now_s: float
+    ) -> Step:
+        """What should run now.
+
+        Args:
+            window: the first that wait, at most ``window`` of them.
+            num_waiting: how many wait in all.
+            free_requests: sequences that the engine has room for now.
+            now_s: the time.
+        """
+        rungs = self.policy.rungs(self._backlog(window, num_waiting, now_s))
+        if self._lingers(window, rungs, now_s):
+            if self._lingering_since_s is None:
+                self._lingering_since_s = now_s
+            return Step(rungs)
+        if self._lingering_since_s is not None and window:
+            self.counts["us", "linger"] += round(1e6 * (now_s - self._lingering_since_s))
+        self._lingering_since_s = None
+        lengths = [request.num_tokens for request in window]
+        packed = first_of(
+            self._pack(window, rungs),
+            lengths,
+            rungs,
+            self.budgets.max_tokens,
+            free_requests,
+            self._fresh(window, now_s),
+        )
+        return Step(rungs, tuple((rung, tuple(window[i] for i in group)) for rung, group in packed))
+
+    def plan(self, step: Step, taken: Sequence[Waiting]) -> MuxPlan:
+        """The plan of the step, once the engine has taken what it could.
+
+        Args:
+            step: as ``choose`` gave it.
+            taken: all that run, in the engine's order. Composites of which every member is there
+                stay as they are; the members of others are packed anew.
+        """
+        left = {request.id: request for request in taken}
+        whole = [entry for entry in step.composites if all(m.id in left for m in entry[1])]
+        for _, group in whole:
+            for member in group:
+                del left[member.id]
+        rest = list(left.values())
+        whole += [
+            (rung, tuple(rest[i] for i in group)) for rung, group in self._pack(rest, step.rungs)
+        ]
+        self._count(whole, step.rungs)
+        groups = tuple(tuple(member.id for member in group) for _, group in whole)
+        return MuxPlan(groups, tuple(rung for rung, _ in whole))
+
+    def capacity(self) -> dict[str, float]:
+        """Tokens that full steps answer per second, at the rung in use and at the cheapest one."""
+        in_use, widest = self.policy.savings
+        most = self.budgets.max_tokens
+        return {
+            "in_use": self.costs.tokens_per_s(in_use, most),
+            "widest": self.costs.tokens_per_s(widest, most),
+        }
+
+    def _backlog(self, window: Sequence[Waiting], num_waiting: int, now_s: float) -> Backlog:
+        """All that waits, its lengths judged by the window's."""
+        rate = self.arrivals.update(now_s)
+        tokens = sum(request.num_tokens for request in window) / max(1, len(window))
+        return Backlog(num_waiting, num_waiting * tokens, rate)
+
+    def _lingers(self, window: Sequence[Waiting], rungs: tuple[Rung, ...], now_s: float) -> bool:
+        """Whether to wait for partners, which only ``linger_ms`` allows."""
+        if not 0 < len(window) < max((rung.mux for rung in rungs), default=1):
+            return False
+        waited_ms = 1000 * (now_s - min(request.arrived_s for request in window))
+        return waited_ms < self.options.linger_ms and not any(r.exact for r in window)
+
+    def _fresh(self, window: Sequence[Waiting], now_s: float) -> set[int]:
+        """Those that came while the last step ran, and could share a composite."""
+        if not self.policy.defers:
+            return set()
+        began, self._chose_at_s = self._chose_at_s, now_s
+        return {i for i, r in enumerate(window) if r.arrived_s > began and not r.exact}
+
+    def _pack(
+        self, requests: Sequence[Waiting], rungs: tuple[Rung, ...]
+    ) -> list[tuple[Rung, tuple[int, ...]]]:
+        return pack_rungs(
+            [request.num_tokens for request in requests],
+            rungs,
+            # Members influence one another's answer, so tenants are kept apart.
+            self._domains(requests),
+            {i for i, request in enumerate(requests) if request.exact},
+        )
+
+    def _domains(self, requests: Sequence[Waiting]) -> list[Hashable]:
+        if not self.options.isolate:
+            return [request.domain for request in requests]
+        # A tuple, which no name of a domain equals.
+        return [(r.id,) if r.domain is None else r.domain for r in requests]
+
+    def _count(self, composites: Sequence[Composite], rungs: tuple[Rung, ...]) -> None:
+        for rung, number in Counter(rung for rung, _ in composites).items():
+            self.counts["requests", str(rung)] += number * rung.mux
+            self.counts["composites", str(rung)] += number
+        for rung, group in composites:
+            if rung.mux > 1:
+                self.counts["composite_slots", ""] += rung.mux * group[0].num_tokens
+                self.counts["composite_tokens", ""] += sum(r.num_tokens for r in group)
+        alone = [group[0] for rung, group in composites if rung == Rung()]
+        reasons = fallbacks(
+            list(zip(self._domains(alone), (request.exact for request in alone), strict=True)),
+            self.policy.alone_because if not rungs else None,
+        )
+        for reason, n in reasons.items():
+            self.counts["fallbacks", reason] += n

@@ -1,0 +1,136 @@
+"""Which rungs a step may use.
+
+``load`` asks one question at every step: can all that waits, and all that will come within the
+horizon, be answered within the horizon? The rung that saves least and still can is used, so light
+load gets the backbone's own answers and heavy load a queue that does not grow.
+"""
+
+import math
+from typing import Protocol
+
+from revmux_vllm.config import RevMuxConfig
+from revmux_vllm.planning.costs import Backlog, Budgets, LayerCosts
+from revmux_vllm.planning.options import Options, fixed_rung
+from revmux_vllm.rungs import Rung
+
+WINDOW = 1024
+"""Most waiting requests that are looked at for partners."""
+NARROW_AT = 0.6
+"""Share of the horizon that a narrower rung must be content with, so that rungs do not flap."""
+
+
+class Policy(Protocol):
+    """Decides the rungs of a step.
+
+    Attributes:
+        window: most waiting requests to choose from now.
+        alone_because: what to call it when the backbone alone was chosen.
+        defers: whether a request without partners may wait while another composite runs, once.
+    """
+
+    alone_because: str
+    defers: bool
+
+    @property
+    def window(self) -> int: ...
+
+    @property
+    def savings(self) -> tuple[float, float]:
+        """Of the rung in use, and of the cheapest that may come into use."""
+        ...
+
+    def rungs(self, backlog: Backlog) -> tuple[Rung, ...]:
+        """Rungs that the step may use; none is the backbone alone."""
+        ...
+
+
+class Fixed:
+    """Always the cheapest of these rungs, and the narrower ones for what it leaves over."""
+
+    window = WINDOW
+    alone_because = "policy"
+    defers = False
+
+    def __init__(self, rungs: tuple[Rung, ...]) -> None:
+        self._rungs = rungs
+
+    @property
+    def savings(self) -> tuple[float, float]:
+        """Both are the cheapest rung's."""
+        cheapest = max((rung.saving for rung in self._rungs), default=1)
+        return cheapest, cheapest
+
+    def rungs(self, backlog: Backlog) -> tuple[Rung, ...]:
+        """The same ones whatever waits."""
+        return self._rungs
+
+
+class ByLoad:
+    """The rung that saves least and keeps up. See the module's docstring.
+
+    Args:
+        config: of the checkpoint.
+        options: of the user.
+        costs: that are being measured.
+        budgets: of one step.
+    """
+
+    alone_because = "light_load"
+    defers = True
+
+    def __init__(
+        self,
+        config: RevMuxConfig,
+        options: Options,
+        costs: LayerCosts,
+        budgets: Budgets,
+    ) -> None:
+        self.config, self.options, self.costs, self.budgets = config, options, costs, budgets
+        self.horizon_s = options.target_ms / 1000
+        # Where two save as much the one that merges more is used: it needs fewer partners.
+        by_saving = {rung.saving: rung for rung in sorted((Rung(), *options.rungs))}
+        levels = [by_saving[saving] for saving in sorted(by_saving)]
+        self.levels = [r for r in levels if r.saving >= options.min_width] or levels[-1:]
+        self.level = 0
+
+    @property
+    def window(self) -> int:
+        """One until a step was measured: the first request of all runs by itself."""
+        return WINDOW if self.costs.known else 1
+
+    @property
+    def savings(self) -> tuple[float, float]:
+        """Of the level, and of the highest one."""
+        return self.levels[self.level].saving, self.levels[-1].saving
+
+    def rungs(self, backlog: Backlog) -> tuple[Rung, ...]:
+        """Widen at once when the horizon is missed, narrow with room to spare."""
+        if self._share(self.level, backlog) > 1:
+            self.level = self._first(backlog, limit=1)
+        else:
+            self.level = min(self.level, self._first(backlog, limit=NARROW_AT))
+        kind = self.config.kind(self.levels[self.level])
+        return tuple(rung for rung in kind if rung in self.options.rungs)
+
+    def _first(self, backlog: Backlog, limit: float) -> int:
+        shares = [self._share(level, backlog) for level in range(len(self.levels))]
+        return next((i for i, share in enumerate(shares) if share <= limit), len(shares) - 1)
+
+    def _share(self, level: int, backlog: Backlog) -> float:
+        """Part of the horizon that it takes to answer what waits and what will come."""
+        tokens = backlog.num_tokens + backlog.tokens_per_s * self.horizon_s
+        requests = backlog.num_requests * tokens / max(1.0, backlog.num_tokens)
+        most = self.budgets
+        num_steps = math.ceil(max(tokens / most.max_tokens, requests / most.max_requests))
+        rows = tokens / self.levels[level].saving
+        return self.costs.seconds(tokens, rows, num_steps) / self.horizon_s
+
+
+def make_policy(
+    config: RevMuxConfig, options: Options, costs: LayerCosts, budgets: Budgets
+) -> Policy:
+    """The policy that ``options`` name."""
+    if options.policy == "load":
+        return ByLoad(config, options, costs, budgets)
+    rung = Rung() if options.policy == "off" else fixed_rung(options)
+    return Fixed(tuple(r for r in config.kind(rung) if r in options.rungs))

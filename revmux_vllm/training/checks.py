@@ -1,0 +1,202 @@
+"""What cannot work is refused here, before anything is computed and before anything is written."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, AutoTokenizer
+from transformers.utils.import_utils import is_torch_bf16_gpu_available
+
+from revmux_vllm import checkpoint
+from revmux_vllm.backbones.loading import check_family, most_positions
+from revmux_vllm.config import RevMuxConfig
+from revmux_vllm.errors import UserError, within
+from revmux_vllm.families import FAMILIES
+from revmux_vllm.training import data
+from revmux_vllm.training.device import on_cpu, process_state
+from revmux_vllm.training.evaluate import WINDOW
+from revmux_vllm.training.features import tokenize
+from revmux_vllm.training.losses import UNLABELLED
+from revmux_vllm.training.options import TrainOptions
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A training that can work.
+
+    Attributes:
+        options: settled for its backbone.
+        config: of the checkpoint.
+        hf_config: the backbone's, of transformers.
+        tokenizer: the backbone's.
+        names: of the classes, in order.
+        rows: to train on.
+        held_out: cut from the training rows to choose the best of the checkpoints, or None.
+        measured: to measure the result on, or None.
+    """
+
+    options: TrainOptions
+    config: RevMuxConfig
+    hf_config: Any
+    tokenizer: Any
+    names: list[str]
+    rows: data.LabelledText
+    held_out: data.LabelledText | None
+    measured: data.LabelledText | None
+
+
+def check(options: TrainOptions) -> Task:
+    """Read what a training needs, except the backbone's weights.
+
+    Raises:
+        UserError: for everything that cannot work.
+    """
+    checkpoint.check_output(options.output, options.backbone, options.bundle_backbone)
+    hf_config = read_backbone_config(options.backbone)
+    with within(f"`backbone` {options.backbone}"):
+        check_family(hf_config, options.label_words)
+        _check_problem(hf_config, options.label_words)
+    check_max_tokens(hf_config, options.max_tokens)
+    if options.bf16 and not (on_cpu() or is_torch_bf16_gpu_available()):
+        raise UserError("`bf16`", "this machine's GPU has no bfloat16", cure="leave it out")
+    tokenizer = read_tokenizer("`backbone`", options.backbone)
+    options = options.settled(hf_config.num_hidden_layers)
+    options.config().check_backbone(hf_config.hidden_size, hf_config.num_hidden_layers)
+    names = label_names(hf_config, options.label_words)
+    rows = _rows_to_train_on(options, names)
+    config = options.config(rows.pairs)
+    measured = _rows_to_measure(options, config, names, tokenizer)
+    kept, held = data.split_rows(len(rows), options.hold_out, options.seed)
+    _check_shares(options, len(kept), len(held))
+    held_out = rows.select(held) if held else None
+    return Task(options, config, hf_config, tokenizer, names, rows.select(kept), held_out, measured)
+
+
+def read_backbone_config(backbone: str) -> Any:
+    """The config of a folder or hub id; UserError naming ``backbone`` if there is none."""
+    if Path(backbone).is_file():
+        raise UserError("`backbone`", "expected a folder or hub id, found a file", found=backbone)
+    try:
+        hf_config = AutoConfig.from_pretrained(backbone)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            "`backbone`",
+            "neither a folder with a config.json nor a model of the hub that can be reached, of a "
+            f"family that is supported ({', '.join(FAMILIES)}): {str(error).splitlines()[0]}",
+            found=backbone,
+        ) from error
+    if hasattr(hf_config, "revmux"):
+        cure = "give the classifier that it was trained on"
+        raise UserError("`backbone`", "that is a RevMUX checkpoint", found=backbone, cure=cure)
+    return hf_config
+
+
+def read_tokenizer(what: str, folder: str | Path) -> Any:
+    """The tokenizer of a folder or hub id; UserError naming it as ``what`` if there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        cure = f"save it there with tokenizer.save_pretrained({str(folder)!r})"
+        raise UserError(f"{what} {folder}", "its tokenizer cannot be read", cure=cure) from error
+
+
+def label_names(hf_config: Any, label_words: Sequence[str] | None) -> list[str]:
+    """Classes of a backbone in order, as a data file may name them."""
+    if label_words:
+        return [word.strip() for word in label_words]
+    if hf_config.num_labels == 1:  # a cross-encoder: does it fit or not
+        return ["no", "yes"]
+    return [str(hf_config.id2label[i]) for i in range(hf_config.num_labels)]
+
+
+def check_max_tokens(hf_config: Any, max_tokens: int) -> None:
+    """Raise UserError where texts may have more tokens than the backbone has positions."""
+    positions = most_positions(hf_config)
+    if positions is not None and max_tokens > positions:
+        problem = f"the backbone takes {positions} at most"
+        raise UserError("`max_tokens`", problem, found=max_tokens)
+
+
+def check_pairs(config: RevMuxConfig, rows: data.LabelledText, source: str) -> None:
+    """Raise UserError where pairs meet adapters for single texts, or the other way round."""
+    kinds = {True: "pairs of texts", False: "single texts"}
+    if rows.pairs != config.pairs:
+        problem = f"{kinds[rows.pairs]}, but the adapters are trained on {kinds[config.pairs]}"
+        raise UserError(source, problem, cure="name the columns with `text_columns`")
+
+
+def check_enough(config: RevMuxConfig, count: int, window: int) -> None:
+    """Raise UserError where rows, or those that wait together, are too few for a composite."""
+    widest = max(rung.mux for rung in config.rungs)
+    if min(count, window) < widest:
+        raise UserError(
+            f"{count} rows, {window} at a time, never fill a composite of {widest}",
+            cure=f"measure on at least {widest} rows, with `window` {widest} or more",
+        )
+
+
+def _check_problem(hf_config: Any, label_words: Sequence[str] | None) -> None:
+    problem = hf_config.problem_type
+    if not label_words and problem not in (None, "single_label_classification"):
+        raise UserError(f"problem_type {problem!r}", expected="one label per row")
+
+
+def _rows_to_train_on(options: TrainOptions, names: list[str]) -> data.LabelledText:
+    rows = _read_rows(options, options.train, names)
+    if set(rows.labels) == {UNLABELLED}:
+        logger.warning(
+            "%s: no column of labels, so the adapters learn from the backbone alone; if there is "
+            "one, name it in `label_column`",
+            options.train,
+        )
+    return rows
+
+
+def _rows_to_measure(
+    options: TrainOptions, config: RevMuxConfig, names: list[str], tokenizer: Any
+) -> data.LabelledText | None:
+    if options.eval is None:
+        return None
+    rows = _read_rows(options, options.eval, names, need_labels=True)
+    check_pairs(config, rows, options.eval)
+    check_enough(config, len(rows), WINDOW)
+    tokenize(tokenizer, rows, options.max_tokens)  # what cannot be measured is no use trained
+    return rows
+
+
+def _read_rows(
+    options: TrainOptions, source: str, names: list[str], need_labels: bool = False
+) -> data.LabelledText:
+    return data.read_rows(
+        source,
+        names,
+        text_columns=options.text_columns,
+        label_column=options.label_column,
+        need_labels=need_labels,
+    )
+
+
+def _check_shares(options: TrainOptions, num_kept: int, num_held: int) -> None:
+    """Every process must fill composites of every width, in training and while it is held out."""
+    processes = process_state().num_processes
+    widest = max(rung.mux for rung in options.rungs)
+    share = num_held // processes
+    if num_held and share < widest:
+        raise UserError(
+            "`hold_out`",
+            f"{share} rows a process, fewer than the widest width {widest}",
+            found=options.hold_out,
+            cure="give more rows, or `hold_out` 0",
+        )
+    batch_size = options.recipe.batch_size
+    if batch_size < widest or num_kept < batch_size * processes:
+        raise UserError(
+            "`batch_size`",
+            expected=f"at least the widest width {widest}, and in all processes together at most "
+            f"the {num_kept} training rows",
+            found=batch_size,
+        )

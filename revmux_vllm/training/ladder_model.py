@@ -1,0 +1,99 @@
+"""What is trained: the losses of every rung, and of the early exits beside them, on one batch."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from revmux_vllm.adapters.kinds import AdapterLadder
+from revmux_vllm.backbones.base import Backbone
+from revmux_vllm.families import family_of
+from revmux_vllm.reference import run_upper
+from revmux_vllm.training.losses import (
+    answer_loss,
+    info_nce,
+    random_groups,
+    stream_similarity,
+    vector_loss,
+)
+
+
+class LadderModel(nn.Module):
+    """What ``Trainer`` trains: the loss of every rung, and of every early exit, on one batch.
+
+    The frozen backbone is used but is not a submodule: it is neither saved nor wrapped.
+
+    Args:
+        backbone: cut as ``ladder`` wants it.
+        ladder: the adapters.
+        exits: one head per layer of ``Features.exits``, in that order, by the layer's number.
+        paper_loss: see ``Recipe``.
+    """
+
+    def __init__(
+        self, backbone: Backbone, ladder: AdapterLadder, exits: nn.ModuleDict, paper_loss: bool
+    ) -> None:
+        super().__init__()
+        self.ladder, self.exits = ladder, exits
+        self.paper_loss = paper_loss
+        self._frozen = (backbone,)
+        self.nce_weight = family_of(backbone.config.model_type).nce_weight
+
+    @property
+    def backbone(self) -> Backbone:
+        return self._frozen[0]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LadderModel":
+        self.backbone._apply(fn)  # type: ignore[no-untyped-call]  # goes where the adapters go
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+    def forward(
+        self,
+        hidden: Tensor,
+        lengths: Tensor,
+        labels: Tensor,
+        teacher_vectors: Tensor,
+        teacher_logits: Tensor,
+        exit_states: Tensor,
+    ) -> dict[str, Tensor]:
+        """Losses of a padded batch; shapes as in ``Features``, ``hidden`` (B, T, D).
+
+        While measuring, early exits are left out: the best checkpoint is the adapters' best.
+        """
+        losses = {}
+        for rung, adapter in self.ladder.items():
+            group = self._groups(lengths, rung.mux)
+            own, own_lengths, rows = hidden[group], lengths[group], group.flatten()
+            target = labels[rows], teacher_logits[rows], teacher_vectors[rows]
+            passed = run_upper(self.backbone, adapter, own, own_lengths)
+            # A composite that has the skip must answer without it too; see ``Recipe.skip``.
+            both = self.training and self.ladder.config.skip and adapter.read_without_skip
+            parts = [
+                self._member_loss(passed.read(with_skip), *target)
+                for with_skip in ((True, False) if both else (True,))
+            ]
+            losses[f"loss_{rung}"] = torch.stack(parts).mean()
+            if self.paper_loss and passed.streams is not None:
+                losses[f"loss_streams_{rung}"] = stream_similarity(passed.streams)
+        for place, (layer, head) in enumerate(self.exits.items() if self.training else ()):
+            losses[f"loss_exit_{layer}"] = answer_loss(
+                head(exit_states[:, place]), labels, teacher_logits
+            )
+        return {"loss": torch.stack(list(losses.values())).sum()} | losses
+
+    def _member_loss(
+        self, vectors: Tensor, labels: Tensor, teacher_logits: Tensor, teacher_vectors: Tensor
+    ) -> Tensor:
+        vectors = vectors.flatten(0, 1)  # (G*N, D)
+        logits = self.backbone.head(vectors)
+        if self.paper_loss:
+            own = answer_loss(logits, labels, teacher_logits, label_share=1.0)
+            return own + self.nce_weight * info_nce(vectors, teacher_vectors)
+        return answer_loss(logits, labels, teacher_logits) + vector_loss(vectors, teacher_vectors)
+
+    def _groups(self, lengths: Tensor, width: int) -> Tensor:
+        """Random in training; while measuring the same every time."""
+        with torch.random.fork_rng(enabled=not self.training):
+            if not self.training:
+                torch.manual_seed(0)
+            return random_groups(lengths, width)

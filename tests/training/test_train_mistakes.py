@@ -1,0 +1,111 @@
+"""What ``revmux train`` refuses, in which words, and that a bug of ours is no such mistake."""
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import Train, revmux, save_backbone, write_rows
+
+from revmux_vllm import bundled, errors
+from revmux_vllm.training import run
+from revmux_vllm.training.options import TrainOptions
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("--rungs mux:2,mux:5", "5 does not divide"),
+        (
+            "--rungs mux:two",
+            "--rungs: rung 'mux:two': expected exit, mux:N, merge:N or merge:N+mux:N",
+        ),
+        ("--widths 2", "--rungs and --widths: give one of them"),
+        ("--prefill-layers 4", "fewer than the backbone's 4 layers"),
+        ("--batch-size 3", "expected at least the widest width 4"),
+        ("--batch-size 500", "together at most the 144 training rows"),
+        ("--backbone nowhere", "neither a folder with a config.json nor a model of the hub"),
+        ("--train nowhere.tsv", "no such file"),
+        ("--eval nowhere.tsv", "no such file"),
+        ("--store-dtype int8", "expected auto, float32, bfloat16, float16"),
+        ("--adapter-type best", "expected one of revmux, ora, vanilla"),
+        ("--recipe secret", "expected default or paper"),
+        ("--hold-out 1", "0 to below 1"),
+        ("--rungs mux:32", "16 rows a process, fewer than the widest width 32"),
+        ("--epochs 0 --gradient-accumulation 0", "--gradient-accumulation 0: expected at least 1"),
+        ("--max-tokens 600", "the backbone takes 520 at most"),
+        ("--text-columns a,b,c", "expected one, or two for pairs"),
+        ("--text-columns a", "expected the columns a; found label, text. Name yours with --text-c"),
+        ("--bundle-backbone --backbone org/name", "not a folder with model.safetensors"),
+        ("--adapter-hidden-size 0", "--adapter-hidden-size 0: expected at least 1"),
+        ("--label-words w3", "at least two different words"),
+        ("--label-words w3,unheard", "the tokenizer does not know 'unheard'"),
+        ("--backbone revmux-llama/config.json", "neither a folder with a config.json nor"),
+        ("--learning-rate nan", "--learning-rate nan: expected more than 0"),
+        ("--train sst2:train", "sst2:train: neither a file nor a hub data set"),
+        ("--eval few.tsv", "3 rows, 64 at a time, never fill a composite of 4"),
+        ("--label-words w3,w4", "not a trained LlamaForCausalLM: no weights for lm_head.weight"),
+    ],
+)
+def test_mistakes_end_with_a_clear_error(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "few.tsv", 3, 1)
+    result = train(change)
+    assert result.exit_code == 2, result.output
+    assert message in " ".join(result.output.split())
+    assert "--resume" not in result.output, "there is nothing to resume"
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_not_installed_is_named(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    there = errors.find_spec
+    monkeypatch.setattr(errors, "find_spec", lambda name: there(name) if name != "psutil" else None)
+    result = train()
+    assert result.exit_code == 2
+    assert "psutil is not installed; in a clone" in " ".join(result.output.split())
+    assert "pip install -e '.[train]'" in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize("bug", [ValueError("ours"), ImportError("ours"), OSError("of a library")])
+def test_a_bug_keeps_its_traceback(
+    bug: Exception, train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(options: TrainOptions) -> None:
+        raise bug
+
+    monkeypatch.setattr(run, "check", broken)
+    assert train().exception is bug
+
+
+def test_a_backbone_that_answers_with_words_asks_for_them(train: Train, tmp_path: Path) -> None:
+    result = train(family="t5")
+    assert result.exit_code == 2
+    message = f"--backbone {tmp_path / 'backbone'}: a T5 backbone answers with words: give "
+    assert f"{message}--label-words, one word per class" in " ".join(result.output.split())
+
+
+def test_what_is_no_checkpoint_is_not_overwritten(train: Train, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "README.md").write_text("mine")
+    result = train(f"--output {tmp_path / 'mine'}")
+    assert result.exit_code == 2
+    assert "has other files than a checkpoint's" in " ".join(result.output.split())
+    assert (tmp_path / "mine" / "README.md").read_text() == "mine"
+    backbone = train(f"--backbone {bundled.resolve('revmux-llama')}")
+    assert "that is a RevMUX checkpoint" in " ".join(backbone.output.split())
+
+
+def test_names_are_printed_as_they_are(train: Train, tmp_path: Path) -> None:
+    """Rich reads [brackets] as markup and :train: as a picture."""
+    save_backbone("llama", tmp_path / "backbone", num_labels=2)
+    config = json.loads((tmp_path / "backbone" / "config.json").read_text())
+    config |= {"id2label": {"0": "[/b]", "1": ":train:"}, "label2id": {"[/b]": 0, ":train:": 1}}
+    (tmp_path / "backbone" / "config.json").write_text(json.dumps(config))
+    dev = write_rows(tmp_path / "dev.tsv", 32, 1)
+    result = train(f"--output {tmp_path / 'out[v2]'} --eval {dev}")
+    assert result.exit_code == 0, result.output
+    assert f"vllm serve {tmp_path / 'out[v2]'}" in result.output
+    shown = revmux(f"eval {tmp_path / 'out[v2]'} --eval {dev}")
+    assert "[/b]" in shown.output
+    assert ":train:" in shown.output
