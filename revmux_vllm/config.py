@@ -77,13 +77,11 @@ class RevMuxConfig:
         return UserError(f"`{key}`", expected=expected, found=value)
 
     def kind(self, rung: Rung) -> tuple[Rung, ...]:
-        """``rung`` and what serves those whom it leaves over: as merged, and no wider.
+        """``rung`` and what serves those whom it leaves over: as short, and no wider.
 
         Empty for the backbone alone.
         """
-        if rung.exit:
-            return (rung,)
-        alike = (r for r in self.rungs if r.merge == rung.merge and not r.exit)
+        alike = (r for r in self.rungs if r.way == rung.way)
         return tuple(r for r in alike if r.mux <= rung.mux)
 
     @classmethod

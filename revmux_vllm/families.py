@@ -1,8 +1,8 @@
 """The families of backbones, a row each: everything that differs between them and is no code.
 
-Adding a family is a row here, its module in ``backbones/``, its module in ``engine/models/``, and
-tests. Importing this needs neither torch nor vLLM: classes are named, and loaded where they are
-used.
+Adding a family is a row here, a class in ``backbones/`` and one in ``engine/models/`` (those of a
+family of the same shape may do), and tests. Importing this needs neither torch nor vLLM: classes
+are named, and loaded where they are used.
 """
 
 from collections.abc import Mapping

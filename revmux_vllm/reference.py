@@ -76,7 +76,7 @@ def run_upper(backbone: Backbone, adapter: RungAdapter, hidden: Tensor, lengths:
     if not adapter.runs_upper_layers:
         return Passed(adapter, None, stream, skip, None)
     rows, positions = hidden, None
-    if adapter.rung.merge > 1:
+    if adapter.rung.shortening > 1:
         merged, flat, positions = merge(backbone, adapter, hidden.flatten(0, 1), flat)
         rows = merged.unflatten(0, lengths.shape)
         positions = positions.unflatten(0, lengths.shape)[:, 0]
@@ -93,7 +93,7 @@ def merge(
 
     A merged row stands at the position of its last token.
     """
-    tokens, num_rows = merged_tokens(lengths, adapter.rung.merge, backbone.pools_first)
+    tokens, num_rows = merged_tokens(lengths, adapter.rung.shortening, backbone.pools_first)
     present = tokens >= 0  # (B, R, M)
     sequence = torch.arange(len(hidden), device=hidden.device)[:, None]
     rows = hidden[sequence, tokens.clamp(min=0).flatten(1)].unflatten(1, tokens.shape[1:])

@@ -1,6 +1,7 @@
 """The ways through the upper layers for less, by name: ``mux:N``, ``merge:N``, both, ``exit``.
 
-A new kind of rung is a row of ``GRAMMAR`` and, where adapters are (``adapters/kinds.py``), a class.
+A new kind of rung is a row of ``GRAMMAR``, a field of ``Rung`` where its name has a number of its
+own (with its part in ``COUNTS``, ``shortening`` and ``way``), and a class in ``adapters/kinds.py``.
 """
 
 import math
@@ -19,23 +20,34 @@ class Kind:
     Attributes:
         name: of the kind.
         form: as messages show it.
+        says: what the upper layers run on, for help and model cards.
         pattern: of a whole name; its groups are fields of ``Rung``.
     """
 
     name: str
     form: str
+    says: str
     pattern: re.Pattern[str]
 
 
-ALONE = Kind("alone", "alone", re.compile("alone"))
-EXIT = Kind("exit", "exit", re.compile("(?P<exit>exit)"))
-COMPOSITE = Kind("composite", "mux:N", re.compile(r"mux:(?P<mux>\d+)"))
-MERGED = Kind("merged", "merge:N", re.compile(r"merge:(?P<merge>\d+)"))
+ALONE = Kind("alone", "alone", "every token of one sequence", re.compile("alone"))
+EXIT = Kind(
+    "exit", "exit", "nothing: an answer from the prefill layers alone", re.compile("(?P<exit>exit)")
+)
+COMPOSITE = Kind("composite", "mux:N", "composites of N sequences", re.compile(r"mux:(?P<mux>\d+)"))
+MERGED = Kind(
+    "merged", "merge:N", "one row per N neighbouring tokens", re.compile(r"merge:(?P<merge>\d+)")
+)
 MERGED_COMPOSITE = Kind(
-    "merged composite", "merge:N+mux:N", re.compile(r"merge:(?P<merge>\d+)\+mux:(?P<mux>\d+)")
+    "merged composite",
+    "merge:N+mux:N",
+    "composites of N sequences whose tokens were merged",
+    re.compile(r"merge:(?P<merge>\d+)\+mux:(?P<mux>\d+)"),
 )
 GRAMMAR = (ALONE, EXIT, COMPOSITE, MERGED, MERGED_COMPOSITE)
-_READ = {"merge": int, "mux": int, "exit": bool}
+COUNTS = ("merge", "mux")
+"""Fields of ``Rung`` that say how many become one row, in the order of a name."""
+_READ = {"exit": bool} | dict.fromkeys(COUNTS, int)
 
 
 @dataclass(frozen=True, order=True)
@@ -53,24 +65,40 @@ class Rung:
     exit: bool = False
 
     def __post_init__(self) -> None:
-        if min(self.merge, self.mux) < 1 or (self.exit and self.merge * self.mux > 1):
-            raise ValueError(f"no such rung: merge {self.merge}, mux {self.mux}, exit {self.exit}")
+        counts = self.merge, self.mux
+        if min(counts) < 1 or (self.exit and max(counts) > 1):
+            raise ValueError(f"no such rung: {dict(self._counts())}, exit {self.exit}")
 
     def __str__(self) -> str:
         if self.exit:
             return "exit"
-        named = {"merge": self.merge, "mux": self.mux}
-        return "+".join(f"{name}:{n}" for name, n in named.items() if n > 1) or "alone"
+        return "+".join(f"{name}:{n}" for name, n in self._counts() if n > 1) or "alone"
+
+    def _counts(self) -> list[tuple[str, int]]:
+        return [(name, getattr(self, name)) for name in COUNTS]
 
     @property
     def kind(self) -> Kind:
         """The row of the grammar that it is written by."""
-        return next(kind for kind in GRAMMAR if kind.pattern.fullmatch(str(self)))
+        for kind in GRAMMAR:
+            if kind.pattern.fullmatch(str(self)):
+                return kind
+        raise ValueError(f"no row of the grammar writes {self}")
 
     @property
     def saving(self) -> float:
         """Rows of the backbone that one row of this rung stands for; without end for ``exit``."""
-        return math.inf if self.exit else self.merge * self.mux
+        return math.inf if self.exit else self.shortening * self.mux
+
+    @property
+    def shortening(self) -> int:
+        """Neighbouring tokens of one sequence that become one row; 1: as many rows as tokens."""
+        return self.merge
+
+    @property
+    def way(self) -> tuple[int, bool]:
+        """What is done to each sequence by itself: every field but ``mux``."""
+        return self.merge, self.exit
 
     @classmethod
     def parse(cls, text: str) -> "Rung":
@@ -103,6 +131,12 @@ def parse_rungs(texts: Iterable[str]) -> tuple[Rung, ...]:
     if twice:
         raise UserError(f"rung {', '.join(twice)}", "there twice")
     return tuple(sorted(rungs))
+
+
+def in_words() -> str:
+    """Every kind of rung that a checkpoint may have, with what it runs on."""
+    kinds = (kind for kind in GRAMMAR if kind is not ALONE)
+    return ", ".join(f"`{kind.form}` {kind.says}" for kind in kinds)
 
 
 def row_counts(lengths: Any, factor: Any) -> Any:

@@ -56,7 +56,7 @@ class Engine:
         self.running = [self._requests.pop(member.id) for member in members]
         self.waiting = [record for record in self.waiting if record.id in self._requests]
         rows = sum(
-            0 if rung.exit else row_counts(group[0].num_tokens, rung.merge)
+            0 if rung.exit else row_counts(group[0].num_tokens, rung.shortening)
             for rung, group in step.composites
         )
         tokens = sum(member.num_tokens for member in members)

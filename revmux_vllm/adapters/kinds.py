@@ -4,7 +4,7 @@ Below the cut stand a batch's rows. ``merge`` makes one row of neighbouring ones
 of several members', and behind the upper layers ``read`` makes the vector that the backbone's head
 reads. A kind overrides the verbs that it has something to do in.
 
-A new kind is a class here, a row of ``rungs.GRAMMAR``, and an entry of ``KINDS``.
+A new kind is a class here, an entry of ``KINDS``, and what ``rungs.py`` says.
 """
 
 from abc import ABC, abstractmethod
@@ -43,7 +43,10 @@ class RungAdapter(nn.Module, ABC):
         self.rung = rung
 
     def merge(self, rows: Tensor, present: Tensor) -> Tensor:
-        """Rows (P, M, D), of which ``present`` (P, M) bool are there, to (P, D)."""
+        """Rows (P, M, D), of which ``present`` (P, M) bool are there, to (P, D).
+
+        Those that are there stand in the first slots, in order, and at least one is.
+        """
         return rows[:, 0]
 
     def multiplex(self, rows: Tensor, present: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -28,10 +28,10 @@ class RungLayout:
 
     Attributes:
         rung: which.
-        tokens: (P, rung.merge) token rows of the P merged rows of all members, one member after the
+        tokens: (P, rung.shortening) token rows of the P merged rows of all members, one after the
             other; the batch's number of tokens where there is none, so that one zero row behind the
             batch can be gathered. None where nothing merges: then P are the batch's tokens.
-        merged: (P, rung.merge) bool, False where there is none.
+        merged: (P, rung.shortening) bool, False where there is none.
         rows: (R, N) which of the P rows of every member feeds every upper row; P where the member
             has ended.
         present: (R, N) bool, False where the member has ended.
@@ -114,8 +114,8 @@ def make_layout(
     ordered = sorted((g for g in groups if not g[0].exit), key=lambda group: group[0])
     tables = [np.array(group, np.int64) for _, group in ordered]
     carriers = np.array([table[0] for table in tables], np.int64)
-    merge = np.array([rung.merge for rung, _ in ordered], np.int64)
-    rows_of = row_counts(lengths[carriers], merge)
+    shortening = np.array([rung.shortening for rung, _ in ordered], np.int64)
+    rows_of = row_counts(lengths[carriers], shortening)
     upper_starts = np.concatenate([[0], np.cumsum(rows_of)])
     place = np.arange(upper_starts[-1]) - np.repeat(upper_starts[:-1], rows_of)
     positions = place.copy()
@@ -134,8 +134,9 @@ def make_layout(
         if (lengths[table] > lengths[table[:, :1]]).any():
             raise ValueError(f"a member is longer than its carrier: {table.tolist()}")
         source = _tokens(table, starts)
-        if rung.merge > 1:
-            source, positions[first:last] = _merged(rung.merge, table, starts, pools_first)
+        if rung.shortening > 1:
+            factor = rung.shortening
+            source, positions[first:last] = _merged(factor, table, starts, pools_first)
         at = np.repeat(np.arange(len(table)), rows_of[index])  # (R,) composite
         pooled = source.num_rows * 0 if pools_first else source.num_rows - 1
         read_at = upper_starts[index][:, None] + pooled

@@ -53,7 +53,7 @@ class _Metrics:
         self.counters = {
             "requests": prometheus.Counter(
                 "revmux:requests",
-                "Requests by the rung they ran at: mux:N, merge:N, exit; alone is the backbone.",
+                "Requests by the rung they ran at; alone is the backbone.",
                 [*by, "rung"],
             ),
             "composites": prometheus.Counter(

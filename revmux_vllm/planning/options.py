@@ -55,7 +55,7 @@ def fixed_rung(options: Options) -> Rung:
     """The rung that a policy ``fixed:N`` or ``fixed:RUNG`` names; UserError for any other."""
     kind, _, name = str(options.policy).partition(":")
     names = {str(rung): rung for rung in options.rungs}
-    names |= {str(rung.mux): rung for rung in options.rungs if rung.merge == 1 and rung.mux > 1}
+    names |= {str(rung.mux): rung for rung in options.rungs if rung.shortening == 1 < rung.mux}
     if kind != "fixed" or name not in names:
         choices = ["load", "off", *(f"fixed:{choice}" for choice in names)]
         raise UserError("`policy`", expected=f"one of {', '.join(choices)}", found=options.policy)

@@ -104,12 +104,12 @@ def pack_rungs(
             *((Rung(), (i,)) for i in sorted(exact)),
         ]
     ladder = [Rung(), *rungs]
-    cheapest = max(ladder, key=lambda rung: (rung.saving, rung.merge))
+    cheapest = max(ladder, key=lambda rung: (rung.saving, -rung.mux))
     alone = max(
         (rung for rung in ladder if rung.mux == 1),
-        key=lambda rung: (rung.merge == cheapest.merge > 1, rung.saving),
+        key=lambda rung: (rung.way == cheapest.way and rung.shortening > 1, rung.saving),
     )
-    kind = [rung for rung in ladder if rung.merge == cheapest.merge and rung.mux > 1]
+    kind = [rung for rung in ladder if rung.way == cheapest.way and rung.mux > 1]
     by_width = {1: alone} | ({rung.mux: rung for rung in kind} if cheapest.mux > 1 else {})
     return [(by_width[len(group)], group) for group in pack(lengths, by_width, domains)]
 

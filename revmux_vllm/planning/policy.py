@@ -87,8 +87,9 @@ class ByLoad:
     ) -> None:
         self.config, self.options, self.costs, self.budgets = config, options, costs, budgets
         self.horizon_s = options.target_ms / 1000
-        # Where two save as much the one that merges more is used: it needs fewer partners.
-        by_saving = {rung.saving: rung for rung in sorted((Rung(), *options.rungs))}
+        # Where two save as much the one that needs fewer partners is used.
+        widest_first = sorted((Rung(), *options.rungs), key=lambda rung: -rung.mux)
+        by_saving = {rung.saving: rung for rung in widest_first}
         levels = [by_saving[saving] for saving in sorted(by_saving)]
         self.levels = [r for r in levels if r.saving >= options.min_width] or levels[-1:]
         self.level = 0

@@ -6,7 +6,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData, hf_hub_download, metadata_load
 
 from revmux_vllm.config import RevMuxConfig
-from revmux_vllm.rungs import Rung
+from revmux_vllm.rungs import Rung, in_words
 from revmux_vllm.training.evaluate import NUM_GROUPINGS, WINDOW
 from revmux_vllm.training.tables import COLUMNS, report_rows
 
@@ -59,9 +59,8 @@ def model_card(
         "",
         f"RevMUX adapters (`{config.adapter_type}`) over a frozen backbone of {num_layers} layers: "
         f"the first {config.prefill_layers} run on every sequence by itself, the others on "
-        f"fewer rows ({', '.join(map(str, config.rungs))}) or on one sequence alone. `mux:N` packs "
-        "N sequences into one composite, `merge:N` makes one row of N neighbouring tokens, `exit` "
-        "answers after the first layers.",
+        f"fewer rows ({', '.join(map(str, config.rungs))}) or on one sequence alone. What a rung "
+        f"runs them on: {in_words()}.",
         "",
         f"Serve it: `vllm serve {name}` with `revmux-vllm` installed.",
         "",

@@ -10,7 +10,8 @@ from typing import Annotated
 import typer
 
 from revmux_vllm.errors import UserError, require, within
-from revmux_vllm.rungs import Rung, parse_rungs
+from revmux_vllm.families import FAMILIES
+from revmux_vllm.rungs import Rung, in_words, parse_rungs
 from revmux_vllm.terminal import AsJson, Folder, check_plot, make_console, mendable_errors
 from revmux_vllm.training.options import TrainOptions
 from revmux_vllm.training.recipes import RECIPES
@@ -39,8 +40,8 @@ def train(
     backbone: Annotated[
         str,
         typer.Option(
-            help="Folder or hub id of a frozen classifier: BERT, RoBERTa, LLaMA, Mistral, "
-            "Qwen2 or Qwen3; T5 and causal LMs with --label-words."
+            help=f"Folder or hub id of a frozen classifier ({', '.join(FAMILIES)}), or of a "
+            "language model with --label-words."
         ),
     ],
     train: Annotated[str, typer.Option(help=f"{ROWS}; labels are optional.")],
@@ -60,9 +61,7 @@ def train(
     rungs: Annotated[
         str | None,
         typer.Option(
-            help="What the upper layers run on, all trained together: `mux:N` composites of N "
-            "sequences, `merge:N` one row per N neighbouring tokens, `merge:M+mux:N` both, "
-            "`exit` nothing: an answer from the prefill layers alone. "
+            help=f"What the upper layers run on, all trained together: {in_words()}. "
             f"Default: `{','.join(map(str, TrainOptions.rungs))}`."
         ),
     ] = None,

@@ -36,7 +36,8 @@ class LowerTrunk(nn.Module):
         return self.embed_tokens(input_ids)
 
     def forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
-        hidden, residual = self.embed_tokens(input_ids), None
+        hidden: Any = self.embed_input_ids(input_ids)
+        residual: Any = None
         for layer in self.layers.values():
             hidden, residual = layer(positions, hidden, residual)
         return hidden + residual
