@@ -22,10 +22,8 @@ from revmux_vllm.bench.failures import MeasuringError
 from revmux_vllm.bench.settings import OfflineSettings
 from revmux_vllm.bench.workload import Model, prepare_prompts, read_model
 from revmux_vllm.config import layer_limit
-from revmux_vllm.engine.environment import set_inside
-from revmux_vllm.engine.in_process import InProcessEngine, variables
+from revmux_vllm.engine.in_process import InProcessEngine, chosen_dtype
 from revmux_vllm.engine.plain import PlainEngine, PlainEngineError
-from revmux_vllm.engine.platform import native_dtype
 from revmux_vllm.errors import UserError
 from revmux_vllm.rungs import Rung
 
@@ -120,11 +118,9 @@ def engine_options(settings: OfflineSettings, longest: int) -> dict[str, Any]:
         settings: the options of the command.
         longest: prompt, in tokens.
     """
-    dtype, load_format = settings.dtype, settings.load_format or "auto"
-    with set_inside(variables(quiet=True)):  # how vLLM logs is decided by its first import
-        dtype = native_dtype() if dtype == "auto" else dtype
+    load_format = settings.load_format or "auto"
     options = {
-        "dtype": dtype,
+        "dtype": chosen_dtype(settings.dtype),
         "load_format": load_format,
         "max_model_len": longest,
         "enforce_eager": settings.enforce_eager,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from revmux_vllm.engine.environment import set_inside
+from revmux_vllm.engine.platform import native_dtype
 from revmux_vllm.planning.options import Options
 from revmux_vllm.planning.planner import StepPlanner
 from revmux_vllm.planning.policy import ByLoad, Fixed
@@ -24,7 +25,17 @@ ENVIRONMENT = {
 }
 
 
-def variables(quiet: bool) -> dict[str, str]:
+def chosen_dtype(dtype: str) -> str:
+    """``dtype``, and for ``auto`` the one that this machine computes in (``native_dtype``).
+
+    Asking may be the first import of vLLM, which settles how it logs: errors alone, as an engine
+    of this module does.
+    """
+    with set_inside(_variables(quiet=True)):
+        return native_dtype() if dtype == "auto" else dtype
+
+
+def _variables(quiet: bool) -> dict[str, str]:
     """What vLLM must find in the environment while it is imported and an engine starts."""
     level = {"VLLM_LOGGING_LEVEL": "ERROR"}
     return ENVIRONMENT | (level if quiet and "VLLM_LOGGING_LEVEL" not in os.environ else {})
@@ -43,7 +54,7 @@ class InProcessEngine:
     """
 
     def __init__(self, model: str | Path, *, quiet: bool = True, **options: Any) -> None:
-        with set_inside(variables(quiet)):
+        with set_inside(_variables(quiet)):
             from vllm import LLM
 
             # Workers in processes of their own, as under a server.
