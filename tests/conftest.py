@@ -3,6 +3,7 @@
 import os
 import random
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from revmux_vllm.adapters.kinds import AdapterLadder
 from revmux_vllm.cli import app
 from revmux_vllm.config import RevMuxConfig
 from revmux_vllm.engine.in_process import InProcessEngine
+from revmux_vllm.engine.plain import PlainEngine
 from revmux_vllm.planning.costs import Backlog
 from revmux_vllm.rungs import Rung, parse_rungs
 
@@ -228,20 +230,22 @@ class ByCrowd:
         return tuple(rung for rung in self._rungs if needed[rung] <= backlog.num_requests)
 
 
+SMALL: dict[str, Any] = {
+    "dtype": "float32",
+    "enforce_eager": True,
+    "kv_cache_memory_bytes": 64 << 20,
+}
+"""Options of every engine of the tests; later ones win."""
+
+
 class RecordingEngine(InProcessEngine):
     """Keeps the plan of every step it ran; by crowd, whatever the load."""
 
     def __init__(self, model: Path, **options: Any) -> None:
-        options = {
-            "dtype": "float32",
-            "enforce_eager": True,
-            "kv_cache_memory_bytes": 64 << 20,
-        } | options
-        super().__init__(model, quiet=False, **options)
+        super().__init__(model, quiet=False, **SMALL | options)
         self.plans: list[Any] = []
-        if self.is_multiplexed:
-            own = self.planner.config.rungs
-            self.planner.policy = ByCrowd(tuple(rung for rung in own if not rung.exit))
+        own = self.planner.config.rungs
+        self.planner.policy = ByCrowd(tuple(rung for rung in own if not rung.exit))
         scheduler = self.scheduler
         schedule = scheduler.schedule
 
@@ -282,3 +286,16 @@ def make_engine() -> Iterator[Callable[..., RecordingEngine]]:
     yield make
     for engine in engines:
         engine.close()
+
+
+@pytest.fixture
+def plain_vllm() -> Iterator[Callable[[Path], PlainEngine]]:
+    """Plain vLLM over a backbone, in a process of its own that ends with the test."""
+    with ExitStack() as stack:
+
+        def start(backbone: Path) -> PlainEngine:
+            engine = PlainEngine(backbone, **SMALL, enable_prefix_caching=False)
+            stack.callback(engine.close)
+            return engine
+
+        yield start

@@ -67,11 +67,6 @@ class InProcessEngine:
         return core.engine_core.scheduler
 
     @property
-    def is_multiplexed(self) -> bool:
-        """Whether it serves a RevMUX checkpoint."""
-        return hasattr(self.scheduler, "planner")
-
-    @property
     def planner(self) -> StepPlanner:
         """Of a RevMUX checkpoint."""
         planner: StepPlanner = self.scheduler.planner

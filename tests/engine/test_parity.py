@@ -18,6 +18,7 @@ from word_tokenizers import word_tokenizer
 
 from revmux_vllm import checkpoint
 from revmux_vllm.backbones.loading import load_backbone
+from revmux_vllm.engine.plain import PlainEngine
 from revmux_vllm.reference import classify
 from revmux_vllm.rungs import Rung, parse_rungs
 
@@ -78,19 +79,24 @@ def all_but(*slow: str) -> list[Any]:
 
 
 @pytest.mark.parametrize("family", all_but("mistral", "qwen2", "roberta"))
-def test_float32(family: str, tmp_path: Path, make_engine: Callable[..., RecordingEngine]) -> None:
+def test_float32(
+    family: str,
+    tmp_path: Path,
+    make_engine: Callable[..., RecordingEngine],
+    plain_vllm: Callable[[Path], PlainEngine],
+) -> None:
     folder = make_tiny_checkpoint(tmp_path, family=family, rungs=ALL)
     engine, reference = make_engine(folder), reference_of(folder)
     for kind in (MUX, BOTH, MIXED, EXIT):
         check(engine, reference, kind)
     # Alone: the same weights in vLLM's own classifier, the same batches.
     engine.planner.policy = ByCrowd(())
-    stock = make_engine(folder.parent / "backbone", enable_prefix_caching=False)
+    plain = plain_vllm(folder.parent / "backbone")
     for seed, count in BATCHES:
         prompts = random_prompts(seed, count)
         probs, _, rungs = engine.answers(prompts)
         assert set(rungs) == {Rung()}
-        expected, *_ = stock.answers(prompts)
+        expected = torch.tensor(plain.probabilities(prompts))
         torch.testing.assert_close(probs, expected, rtol=0, atol=1e-6)
 
 
