@@ -191,8 +191,9 @@ class RevMuxForSequenceClassification(nn.Module, SupportsQuant, ABC):
         for part in layout.rungs:
             adapter, source = self.adapters[part.rung], padded
             if part.tokens is not None and part.merged is not None:
-                merged = adapter.merge(padded[part.tokens], part.merged)
-                source = torch.cat([merged, padded[-1:]])
+                source = adapter.merge(padded[part.tokens], part.merged)
+                if part.rung.mux > 1:  # where a member has ended, its row is the zero row
+                    source = torch.cat([source, padded[-1:]])
             rows, _ = adapter.multiplex(source[part.rows], part.present)
             parts.append(rows.to(hidden.dtype))
         return torch.cat(parts)
