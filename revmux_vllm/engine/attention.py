@@ -11,9 +11,11 @@ are garbage at the same speed.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context
 from vllm.v1.attention.backend import (
@@ -23,23 +25,24 @@ from vllm.v1.attention.backend import (
     CommonAttentionMetadata,
     subclass_attention_backend,
 )
+from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 
 from revmux_vllm.engine.layout import MuxLayout, make_layout
-from revmux_vllm.engine.worker import current_step
+from revmux_vllm.engine.steps import current_step
+from revmux_vllm.engine.transfer import sent
 
 
 def composite_metadata(
-    common: CommonAttentionMetadata, layout: MuxLayout
+    common: CommonAttentionMetadata, layout: MuxLayout[Tensor]
 ) -> CommonAttentionMetadata:
-    """``common`` with the composites in place of the batch's sequences."""
-    device = common.query_start_loc.device
-    starts = layout.starts.to(common.query_start_loc.dtype)
-    lengths = starts.diff().to(common.seq_lens.dtype)
+    """``common`` with the composites in place of the batch's sequences. Both runners' only way."""
+    starts = torch.from_numpy(layout.host_starts)
+    lengths = starts.diff()
     longest = int(lengths.max())
     return common.replace(
-        query_start_loc=starts.to(device, non_blocking=True),
+        query_start_loc=layout.starts,
         query_start_loc_cpu=starts,
-        seq_lens=lengths.to(device, non_blocking=True),
+        seq_lens=layout.lengths,
         seq_lens_cpu_upper_bound=lengths,
         num_reqs=len(lengths),
         num_actual_tokens=layout.num_rows,
@@ -56,11 +59,16 @@ def composite_metadata(
 
 @functools.lru_cache
 def composite_attention_backend(
-    underlying: type[AttentionBackend], pools_first: bool
+    underlying: type[AttentionBackend], pools_first: bool, reads_sequences: bool
 ) -> type[AttentionBackend]:
     """``underlying`` for upper layers: its metadata carries ``mux_layout``.
 
-    ``pools_first``: the pooled token is a sequence's first one; see ``make_layout``.
+    Where all run alone the metadata are vLLM's, untouched.
+
+    Args:
+        underlying: vLLM's choice.
+        pools_first: the pooled token is a sequence's first one; see ``make_layout``.
+        reads_sequences: the model needs the layout also where all run alone.
     """
     base: Any = underlying.get_builder_cls()
     assert issubclass(base, AttentionMetadataBuilder)
@@ -82,16 +90,15 @@ def composite_attention_backend(
             fast_build: bool = False,
         ) -> Any:
             step = current_step()
-            if step is None:
+            if step is None or (step.plan.all_alone and not reads_sequences):
                 return super().build(common_prefix_len, common_attn_metadata, fast_build)
-            layout = make_layout(
-                step.groups(),
-                common_attn_metadata.query_start_loc_cpu.numpy(),
+            starts = common_attn_metadata.query_start_loc_cpu[: common_attn_metadata.num_reqs + 1]
+            layout = sent(
+                make_layout(step.groups(), starts.numpy(), pools_first),
                 common_attn_metadata.query_start_loc.device,
-                pools_first=pools_first,
             )
             composites = common_attn_metadata
-            if layout.num_rows:  # not where all exit: then no upper layer runs
+            if layout.rungs and layout.num_rows:  # not where all exit: then no upper layer runs
                 composites = composite_metadata(common_attn_metadata, layout)
             metadata = super().build(common_prefix_len, composites, fast_build)
             metadata.mux_layout = layout
@@ -101,19 +108,34 @@ def composite_attention_backend(
     return subclass_attention_backend("Composite", underlying, CompositeBuilder)
 
 
-def enter_upper_layers(layer_names: list[str]) -> MuxLayout | None:
+def enter_upper_layers(
+    layer_names: list[str], padded_size: Callable[[int], int]
+) -> MuxLayout[Tensor] | None:
     """Point the upper layers' cache writes at their carriers; return the step's layout.
 
-    None in profiling and warm-up runs, which have no plan: then every row passes through alone.
+    None where every row passes through alone: in profiling and warm-up runs, which have no plan,
+    and in steps whose plan says so.
+
+    Args:
+        layer_names: of the upper layers' attention.
+        padded_size: how many rows they will run on, for so many that there are. vLLM has a slot for
+            every row, and -1 for padding, which no backend writes.
     """
     context = get_forward_context()
     if not isinstance(context.attn_metadata, dict):
         return None
     by_layer: dict[str, Any] = context.attn_metadata
+    layout: MuxLayout[Tensor] | None
     layout = getattr(by_layer.get(layer_names[0]), "mux_layout", None)
-    if layout is None:
-        return None
+    if layout is None or not layout.rungs or not layout.num_rows:
+        return layout
     assert isinstance(context.slot_mapping, dict)
+    slots = by_layer[layer_names[0]].mux_slot_mapping
+    num_padding = padded_size(layout.num_rows) - layout.num_rows
+    padded = nn.functional.pad(slots, (0, num_padding), value=PAD_SLOT_ID) if num_padding else slots
     for name in layer_names:
-        context.slot_mapping[name] = by_layer[name].mux_slot_mapping
+        assert by_layer[name].mux_slot_mapping is slots, (
+            "upper layers of one kind share their slots"
+        )
+        context.slot_mapping[name] = padded
     return layout

@@ -1,7 +1,13 @@
-"""How much room keys and values need: that of one step, for nothing outlives it."""
+"""How much room keys and values need: that of the steps in flight, for nothing outlives one.
+
+vLLM settles blocks and pages in the worker, where it knows the attention backend. The hook, which
+runs long before, sets a bound, so that vLLM neither takes a share of all memory nor starts beside
+too little of it; the worker replaces the bound by what is needed.
+"""
 
 import os
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
 from vllm.utils.math_utils import cdiv
@@ -13,36 +19,72 @@ if TYPE_CHECKING:
 
 logger = init_logger("vllm.revmux")
 
+LARGEST_BLOCK = 128
+"""Tokens of the largest block that vLLM chooses by itself (platforms/cpu.py)."""
+_OURS = "revmux_sized"
+"""Attribute of vLLM's ``CacheConfig``: its size is the hook's and not the user's."""
+
 
 def size_kv_cache(vllm_config: "VllmConfig") -> None:
-    """Pages for the tokens of one step, unless the user sized the cache: nothing outlives a step.
+    """Bound the cache by what is needed with the largest blocks, unless the user sized it.
 
     Without it vLLM takes a share of all memory (0.92 of a NUMA node on CPUs) and refuses to start
     beside anything else.
     """
-    cache, scheduler, model = (
+    cache, model, parallel = (
         vllm_config.cache_config,
-        vllm_config.scheduler_config,
         vllm_config.model_config,
+        vllm_config.parallel_config,
     )
     if cache.kv_cache_memory_bytes is not None or os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
         return
+    setattr(cache, _OURS, True)
     if not family_of(model.hf_config.model_type).has_kv_cache:
         cache.kv_cache_memory_bytes = 1 << 20  # there is none, but vLLM would look for room
         return
-    block_size = 128  # the largest that vLLM chooses by itself (platforms/cpu.py)
-    if cache.user_specified_block_size:
-        block_size = cache.block_size
-    # Every sequence can leave its last page almost empty; one page is vLLM's null page.
-    tokens = max(scheduler.max_num_batched_tokens, model.max_model_len)
-    blocks = cdiv(tokens, block_size) + scheduler.max_num_seqs + 1
-    heads = model.get_num_kv_heads(vllm_config.parallel_config)
-    layers = model.get_num_layers(vllm_config.parallel_config)
-    page_bytes = 2 * heads * model.get_head_size() * block_size * model.dtype.itemsize
-    cache.kv_cache_memory_bytes = blocks * layers * page_bytes
-    logger.info(
-        "RevMUX: KV cache of %.0f MiB, for %d tokens of at most %d sequences in one step",
-        cache.kv_cache_memory_bytes / 2**20,
-        tokens,
-        scheduler.max_num_seqs,
+    block_size = cache.block_size if cache.user_specified_block_size else LARGEST_BLOCK
+    # vLLM settles this later; only who asks for it gets it, since a classifier has none by default.
+    steps = 2 if vllm_config.scheduler_config.async_scheduling else 1
+    heads, layers = model.get_num_kv_heads(parallel), model.get_num_layers(parallel)
+    token_bytes = 2 * heads * model.get_head_size() * model.dtype.itemsize
+    blocks = _blocks(vllm_config, block_size, steps)
+    cache.kv_cache_memory_bytes = blocks * layers * block_size * token_bytes
+
+
+def fit_kv_cache(vllm_config: "VllmConfig", specs: Mapping[str, Any]) -> None:
+    """In the worker: the hook's bound becomes what is needed. A size of the user's own stays.
+
+    Args:
+        vllm_config: its cache config is set.
+        specs: vLLM's ``KVCacheSpec`` of every layer by name, as the model runner gives them.
+    """
+    cache = vllm_config.cache_config
+    if specs and getattr(cache, _OURS, False):
+        cache.kv_cache_memory_bytes = needed_bytes(vllm_config, specs)
+        logger.info(
+            "RevMUX: KV cache of %.0f MiB, for %d tokens of at most %d sequences",
+            cache.kv_cache_memory_bytes / 2**20,
+            _tokens(vllm_config, vllm_config.max_concurrent_batches),
+            vllm_config.scheduler_config.max_num_seqs,
+        )
+
+
+def needed_bytes(vllm_config: "VllmConfig", specs: Mapping[str, Any]) -> int:
+    """Bytes of all pages that the steps in flight can use, by the layers' own blocks and pages."""
+    steps = vllm_config.max_concurrent_batches
+    return sum(
+        _blocks(vllm_config, spec.block_size, steps) * spec.page_size_bytes
+        for spec in specs.values()
     )
+
+
+def _blocks(vllm_config: "VllmConfig", block_size: int, steps: int) -> int:
+    # Every sequence can leave its last block almost empty; one block is vLLM's null block.
+    sequences = vllm_config.scheduler_config.max_num_seqs
+    return cdiv(_tokens(vllm_config, steps), block_size) + sequences + 1
+
+
+def _tokens(vllm_config: "VllmConfig", steps: int) -> int:
+    """Of so many steps in flight, or of one prompt that is longer and runs in chunks by itself."""
+    per_step = vllm_config.scheduler_config.max_num_batched_tokens
+    return max(steps * per_step, vllm_config.model_config.max_model_len)

@@ -7,8 +7,9 @@ upper row each sequence is read at, and how the attention metadata of the upper 
 the batch's.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
@@ -17,42 +18,46 @@ from torch import Tensor
 from revmux_vllm.adapters.merging import merged_tokens
 from revmux_vllm.rungs import Rung, row_counts
 
-ToTensor = Callable[[np.ndarray], Tensor]
+A = TypeVar("A", np.ndarray, Tensor)
+"""Indices are arrays where they are made, and tensors of the device where they are used."""
 
 
 @dataclass(frozen=True)
-class RungLayout:
+class RungLayout(Generic[A]):
     """Indices of the composites of one rung, of N members each.
 
     A rung without upper rows (``exit``) has members, and no row.
 
+    Where something is absent, its index is that of the member's own first row, and a mask says so:
+    a row behind the batch may be padding, with anything in it.
+
     Attributes:
         rung: which.
         tokens: (P, rung.shortening) token rows of the P merged rows of all members, one after the
-            other; the batch's number of tokens where there is none, so that one zero row behind the
-            batch can be gathered. None where nothing merges: then P are the batch's tokens.
-        merged: (P, rung.shortening) bool, False where there is none.
-        rows: (R, N) which of the P rows of every member feeds every upper row; P where the member
-            has ended.
+            other. None where nothing merges: then P are the batch's tokens.
+        merged: (P, rung.shortening) bool, False where a token is absent.
+        rows: (R, N) which of the P rows of every member feeds every upper row.
         present: (R, N) bool, False where the member has ended.
         read_at: (M,) upper row at which each member is read, counted over all rungs; None where
             there is none.
         stream: (M,) stream of each member.
         sequence: (M,) row of the batch of each member.
+        pooled_token: (M,) token row that speaks for each member.
     """
 
     rung: Rung
-    tokens: Tensor | None
-    merged: Tensor | None
-    rows: Tensor
-    present: Tensor
-    read_at: Tensor | None
-    stream: Tensor
-    sequence: Tensor
+    tokens: A | None
+    merged: A | None
+    rows: A
+    present: A
+    read_at: A | None
+    stream: A
+    sequence: A
+    pooled_token: A
 
 
 @dataclass(frozen=True)
-class MuxLayout:
+class MuxLayout(Generic[A]):
     """Indices of one step.
 
     Attributes:
@@ -63,43 +68,52 @@ class MuxLayout:
         places: (U,) of every upper row in its composite, for the attention's metadata.
         carriers: (G,) batch row of each composite's carrier, in upper order.
         carrier_rows: (U,) the carrier's token row whose place in the cache every upper row takes.
-        starts: (G + 1,) first upper row of every composite, and U; on the CPU.
+        starts: (G + 1,) int32, first upper row of every composite, and U.
+        lengths: (G,) int32, rows of every composite.
         sequence_of_token: (num_tokens,) batch row of every token.
-        sequence_lengths: (B,) tokens of every sequence.
+        sequence_starts: (B,) first token row of every sequence.
         pooled_token: (B,) token row that speaks for every sequence.
+        host_starts: ``starts`` as an array.
+        host_sequence_lengths: (B,) tokens of every sequence, as an array.
     """
 
-    rungs: tuple[RungLayout, ...]
-    alone: Tensor
-    positions: Tensor
-    places: Tensor
-    carriers: Tensor
-    carrier_rows: Tensor
-    starts: Tensor
-    sequence_of_token: Tensor
-    sequence_lengths: Tensor
-    pooled_token: Tensor
+    rungs: tuple[RungLayout[A], ...]
+    alone: A
+    positions: A
+    places: A
+    carriers: A
+    carrier_rows: A
+    starts: A
+    lengths: A
+    sequence_of_token: A
+    sequence_starts: A
+    pooled_token: A
+    host_starts: np.ndarray = field(metadata={"host": True})
+    host_sequence_lengths: np.ndarray = field(metadata={"host": True})
 
     @property
     def num_rows(self) -> int:
         """Upper rows U."""
         return len(self.positions)
 
+    @property
+    def num_tokens(self) -> int:
+        """Of all sequences."""
+        return len(self.sequence_of_token)
+
 
 # Long because the indices of a step hang together: each is made from the ones before it.
 def make_layout(
     groups: Sequence[tuple[Rung, Sequence[int]]],
     starts: np.ndarray,
-    device: torch.device | str = "cpu",
     pools_first: bool = False,
-) -> MuxLayout:
+) -> MuxLayout[np.ndarray]:
     """Lay out the composites ``groups``.
 
     Args:
         groups: rung and batch rows of each composite, carrier (the longest) first; every row of the
             batch in exactly one.
         starts: (B + 1,) first token row of every sequence, and the number of tokens.
-        device: where the index tensors go.
         pools_first: the pooled token is a sequence's first one; else it is the last.
 
     Raises:
@@ -119,11 +133,9 @@ def make_layout(
     upper_starts = np.concatenate([[0], np.cumsum(rows_of)])
     place = np.arange(upper_starts[-1]) - np.repeat(upper_starts[:-1], rows_of)
     positions = place.copy()
+    speaks = starts[:-1] if pools_first else starts[1:] - 1
 
-    def tensor(values: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(values)).to(device, non_blocking=True)
-
-    parts, num_alone = [_exits(exits, tensor)] if len(exits) else [], 0
+    parts, num_alone = [_exits(exits, speaks)] if len(exits) else [], 0
     for rung in sorted({rung for rung, _ in ordered}):
         index = [g for g, (at, _) in enumerate(ordered) if at == rung]
         first, last = upper_starts[index[0]], upper_starts[index[-1] + 1]
@@ -140,19 +152,23 @@ def make_layout(
         at = np.repeat(np.arange(len(table)), rows_of[index])  # (R,) composite
         pooled = source.num_rows * 0 if pools_first else source.num_rows - 1
         read_at = upper_starts[index][:, None] + pooled
-        parts.append(_rung_layout(rung, table, source, at, place[first:last], read_at, tensor))
+        parts.append(_rung_layout(rung, table, source, at, place[first:last], read_at, speaks))
     carrier_rows = np.repeat(starts[carriers], rows_of) + place
+    host_starts = upper_starts.astype(np.int32)
     return MuxLayout(
         rungs=tuple(parts),
-        alone=tensor(carrier_rows[:num_alone]),
-        positions=tensor(positions),
-        places=tensor(place),
-        carriers=tensor(carriers),
-        carrier_rows=tensor(carrier_rows),
-        starts=torch.from_numpy(upper_starts),
-        sequence_of_token=tensor(np.repeat(np.arange(len(lengths)), lengths)),
-        sequence_lengths=tensor(lengths),
-        pooled_token=tensor(starts[:-1] if pools_first else starts[1:] - 1),
+        alone=carrier_rows[:num_alone],
+        positions=positions,
+        places=place,
+        carriers=carriers,
+        carrier_rows=carrier_rows,
+        starts=host_starts,
+        lengths=np.diff(host_starts),
+        sequence_of_token=np.repeat(np.arange(len(lengths)), lengths),
+        sequence_starts=starts[:-1],
+        pooled_token=speaks,
+        host_starts=host_starts,
+        host_sequence_lengths=lengths,
     )
 
 
@@ -163,8 +179,8 @@ def _rung_layout(
     at: np.ndarray,
     place: np.ndarray,
     read_at: np.ndarray,
-    tensor: ToTensor,
-) -> RungLayout:
+    speaks: np.ndarray,
+) -> RungLayout[np.ndarray]:
     """Of a rung with upper rows.
 
     Args:
@@ -173,31 +189,34 @@ def _rung_layout(
         at: (R,) which of the G composites every upper row is of.
         place: (R,) of every upper row in it.
         read_at: (G, N) upper row at which each member is read.
+        speaks: (B,) token row that speaks for every sequence.
     """
     present = place[:, None] < source.num_rows[at]
     return RungLayout(
         rung=rung,
-        tokens=None if source.tokens is None else tensor(source.tokens),
-        merged=None if source.merged is None else tensor(source.merged),
-        rows=tensor(np.where(present, source.starts[at] + place[:, None], source.absent)),
-        present=tensor(present),
-        read_at=tensor(read_at.ravel()),
-        stream=tensor(np.tile(np.arange(rung.mux), len(table))),
-        sequence=tensor(table.ravel()),
+        tokens=source.tokens,
+        merged=source.merged,
+        rows=source.starts[at] + np.where(present, place[:, None], 0),
+        present=present,
+        read_at=read_at.ravel(),
+        stream=np.tile(np.arange(rung.mux), len(table)),
+        sequence=table.ravel(),
+        pooled_token=speaks[table.ravel()],
     )
 
 
-def _exits(sequences: np.ndarray, tensor: ToTensor) -> RungLayout:
+def _exits(sequences: np.ndarray, speaks: np.ndarray) -> RungLayout[np.ndarray]:
     """Of members that have no upper row."""
     return RungLayout(
         rung=Rung(exit=True),
         tokens=None,
         merged=None,
-        rows=tensor(np.zeros((0, 1), np.int64)),
-        present=tensor(np.zeros((0, 1), bool)),
+        rows=np.zeros((0, 1), np.int64),
+        present=np.zeros((0, 1), bool),
         read_at=None,
-        stream=tensor(np.zeros_like(sequences)),
-        sequence=tensor(sequences),
+        stream=np.zeros_like(sequences),
+        sequence=sequences,
+        pooled_token=speaks[sequences],
     )
 
 
@@ -209,32 +228,31 @@ class _Source:
         tokens, merged: as in ``RungLayout``.
         starts: (G, N) first of them of every member.
         num_rows: (G, N) of every member.
-        absent: the zero row behind them.
     """
 
     tokens: np.ndarray | None
     merged: np.ndarray | None
     starts: np.ndarray
     num_rows: np.ndarray
-    absent: int
 
 
 def _tokens(table: np.ndarray, starts: np.ndarray) -> _Source:
     """The batch's own tokens."""
-    return _Source(None, None, starts[table], np.diff(starts)[table], int(starts[-1]))
+    return _Source(None, None, starts[table], np.diff(starts)[table])
 
 
 def _merged(
     factor: int, table: np.ndarray, starts: np.ndarray, pools_first: bool
 ) -> tuple[_Source, np.ndarray]:
     """Merged tokens of all members, and the positions (R,) of the carriers' rows."""
-    num_tokens, flat = starts[-1], torch.from_numpy(np.diff(starts)[table].ravel())
+    flat = torch.from_numpy(np.diff(starts)[table].ravel())
     own, counts = (t.numpy() for t in merged_tokens(flat, factor, pools_first))  # (G*N, R', M)
     inside = np.arange(own.shape[1]) < counts[:, None]
     merged = own[inside] >= 0  # (P, M)
-    tokens = np.where(merged, (own + starts[table].reshape(-1, 1, 1))[inside], num_tokens)
+    first_tokens = starts[table].reshape(-1, 1, 1)
+    tokens = (np.where(own >= 0, own, 0) + first_tokens)[inside]  # (P, M)
     first_rows = (np.cumsum(counts) - counts).reshape(table.shape)
     num_rows = counts.reshape(table.shape)
     carriers = own.max(-1).reshape(*table.shape, -1)[:, 0]  # (G, R')
     positions = carriers[inside.reshape(*table.shape, -1)[:, 0]]
-    return _Source(tokens, merged, first_rows, num_rows, len(tokens)), positions
+    return _Source(tokens, merged, first_rows, num_rows), positions

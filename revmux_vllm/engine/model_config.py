@@ -1,10 +1,9 @@
 """vLLM's config hook for our architectures: choose scheduler and worker, refuse what cannot work.
 
 vLLM calls it once per process with the whole ``VllmConfig`` (config/vllm.py,
-``try_verify_and_update_config``), before any engine process starts. Our model class declares
-``attn_type = "encoder_only"``, because like an encoder's sequence a composite must run whole; so
-vLLM leaves chunked prefill and prefix caching off by default, and if one is on here the user
-asked for it.
+``try_verify_and_update_config``), before any engine process starts. For vLLM a decoder of ours is a
+decoder, so steps are as long as plain vLLM's, by default and by the user's options, and a prompt
+longer than a step runs in chunks. Encoders and T5 are ``encoder_only``: their sequences run whole.
 """
 
 from typing import TYPE_CHECKING
@@ -15,7 +14,7 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from revmux_vllm import checkpoint
 from revmux_vllm.backbones.loading import most_positions
 from revmux_vllm.config import RevMuxConfig
-from revmux_vllm.engine.environment import set_for_good
+from revmux_vllm.engine.graphs import choose_capture_sizes
 from revmux_vllm.engine.kv_cache import size_kv_cache
 from revmux_vllm.engine.platform import native_dtype
 from revmux_vllm.engine.refusals import refuse_impossible_options
@@ -46,15 +45,10 @@ class RevMuxModelConfig(VerifyAndUpdateConfig):
         )
         if vllm_config.load_config.load_format != "dummy":
             checkpoint.validate(vllm_config.model_config.model)
-        # One seam is kept for the V1 model runner; V2 orders requests by itself.
-        set_for_good("VLLM_USE_V2_MODEL_RUNNER", "0")
         vllm_config.scheduler_config.scheduler_cls = "revmux_vllm.engine.scheduler.RevMuxScheduler"
-        vllm_config.scheduler_config.async_scheduling = False
         vllm_config.parallel_config.worker_cls = "revmux_vllm.engine.worker.RevMuxWorker"
-        # Upper layers run on another number of rows than a captured graph was made for.
-        from vllm.config import CUDAGraphMode
-
-        vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
+        choose_capture_sizes(vllm_config)
+        _keep_no_prefixes(vllm_config)
         _cap_length(vllm_config)
         size_kv_cache(vllm_config)
         if vllm_config.model_config.dtype.itemsize == 2 and native_dtype() == "float32":
@@ -63,6 +57,17 @@ class RevMuxModelConfig(VerifyAndUpdateConfig):
                 "slower; --dtype float32 is the cure",
                 vllm_config.model_config.dtype,
             )
+
+
+def _keep_no_prefixes(vllm_config: "VllmConfig") -> None:
+    """No prefix caching, which vLLM has on by default for decoders."""
+    cache = vllm_config.cache_config
+    if cache.enable_prefix_caching:
+        cache.enable_prefix_caching = False
+        logger.info(
+            "RevMUX: prefix caching is off, because the upper layers' pages hold the keys and "
+            "values of composites and not of prompts"
+        )
 
 
 def _cap_length(vllm_config: "VllmConfig") -> None:

@@ -1,7 +1,8 @@
 """vLLM's scheduler under a plan: its queues, its statistics and its output. Planning is elsewhere.
 
 The requests that ``StepPlanner`` chooses are shown to vLLM's own scheduler as all that waits, and
-what it took is the step.
+what it took is the step. A prompt longer than a step runs in chunks as vLLM cuts them; until its
+last one is under way nobody else is chosen, so those steps are plain vLLM's.
 """
 
 import time
@@ -11,6 +12,7 @@ from dataclasses import dataclass, fields
 from itertools import islice
 from typing import Any
 
+from vllm.logger import init_logger
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.request_queue import RequestQueue, create_request_queue
@@ -21,21 +23,34 @@ from vllm.v1.request import Request
 from revmux_vllm.config import RevMuxConfig
 from revmux_vllm.engine.metrics import put_counts
 from revmux_vllm.engine.orphans import end_with_parent
-from revmux_vllm.engine.stages import LOWER, UPPER
+from revmux_vllm.engine.stages import LOWER, UPPER, StepTimes
 from revmux_vllm.planning.costs import Budgets
 from revmux_vllm.planning.options import read_options
 from revmux_vllm.planning.packing import MuxPlan
 from revmux_vllm.planning.planner import Step, StepPlanner, Waiting
+from revmux_vllm.planning.policy import ASSUMED_STEPS
+
+logger = init_logger("vllm.revmux")
 
 EXACT = "exact"
 """A ``cache_salt`` of this, or beginning with it and a colon, asks for the backbone alone."""
+UNTIMED_STEPS = 5
+"""So many steps without times are warned of, once."""
 
 
 @dataclass
 class RevMuxSchedulerOutput(SchedulerOutput):
-    """vLLM's step with the plan beside it; pickled to the workers as it is."""
+    """vLLM's step with the plan beside it; pickled to the workers as it is.
+
+    Attributes:
+        mux_plan: who shares a composite.
+        began_s: when it was begun, on the scheduler's monotonic clock; steps may overlap.
+        has_chunks: a part of a request runs, with a context that no cost accounts for.
+    """
 
     mux_plan: MuxPlan | None = None
+    began_s: float = 0.0
+    has_chunks: bool = False
 
 
 class RevMuxScheduler(Scheduler):
@@ -52,30 +67,39 @@ class RevMuxScheduler(Scheduler):
             config,
             read_options(self.vllm_config.additional_config, config),
             model.hf_config.num_hidden_layers,
-            Budgets(self.max_num_scheduled_tokens, self.max_num_running_reqs),
+            Budgets(self.max_num_scheduled_tokens, self.max_num_active_reqs),
             time.monotonic(),
         )
-        self._step_began = 0.0
+        self._ended_s = 0.0
+        self._untimed_steps = 0
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """One step of vLLM's scheduler, planned."""
-        self._step_began = began = time.monotonic()
+        began = time.monotonic()
         step = self._choose(began)
         with self._only([self.requests[member.id] for member in step.members]):
             planned = time.monotonic()
             output = super().schedule(*args, **kwargs)
             vllms = time.monotonic() - planned
-        taken = [self.requests[request_id] for request_id in output.num_scheduled_tokens]
-        plan = self.planner.plan(step, _records(taken))
+        scheduled = output.num_scheduled_tokens
+        taken = [self.requests[request_id] for request_id in scheduled]
+        chunks = {
+            request.request_id: not _has_tokens_left(request)
+            for request in taken
+            if scheduled[request.request_id] < request.num_tokens
+        }
+        plan = self.planner.plan(step, _records(taken), chunks)
         self._count_us("plan", time.monotonic() - began - vllms)
         values = {field.name: getattr(output, field.name) for field in fields(output)}
-        return RevMuxSchedulerOutput(**values, mux_plan=plan)
+        return RevMuxSchedulerOutput(
+            **values, mux_plan=plan, began_s=began, has_chunks=bool(chunks)
+        )
 
     def _choose(self, now: float) -> Step:
-        if self.pause_state != PauseState.UNPAUSED:
+        if self.pause_state != PauseState.UNPAUSED or any(map(_has_tokens_left, self.running)):
             return Step()
         window = _records(islice(self.waiting, self.planner.window))
-        free = self.max_num_running_reqs - len(self.running)
+        free = self.max_num_active_reqs - len(self.running)
         return self.planner.choose(window, len(self.waiting), free, now)
 
     @contextmanager
@@ -101,23 +125,45 @@ class RevMuxScheduler(Scheduler):
         super().add_request(request)
 
     def update_from_output(
-        self, scheduler_output: SchedulerOutput, model_runner_output: Any, *args: Any, **kwargs: Any
+        self, scheduler_output: Any, model_runner_output: Any, *args: Any, **kwargs: Any
     ) -> Any:
         """vLLM's, after the costs were learned from the step's times."""
-        costs = self.planner.costs
-        times = getattr(model_runner_output, "revmux_times", [])
-        for step in times:
-            costs.observe_pass(
-                step.tokens, step.rows, step.seconds[LOWER], step.seconds.get(UPPER, 0.0)
-            )
-        if times:
-            seconds = time.monotonic() - self._step_began
-            tokens, last = times[-1].tokens, times[-1].seconds
-            costs.observe_overhead(seconds - last[LOWER] - last.get(UPPER, 0.0))
-            for stage, stage_s in {**last, "step": seconds}.items():
-                self._count_us(stage, stage_s)
-            self._count_us("backbone", costs.seconds(tokens, tokens))
+        now = time.monotonic()
+        # A step that overlapped the one before it has the device once that one has ended.
+        seconds = now - max(scheduler_output.began_s, self._ended_s)
+        self._ended_s = now
+        if times := getattr(model_runner_output, "revmux_times", None):
+            self._learn(times, seconds, scheduler_output.has_chunks)
+        elif scheduler_output.total_num_scheduled_tokens and not self.planner.costs.known:
+            self._miss_times()
         return super().update_from_output(scheduler_output, model_runner_output, *args, **kwargs)
+
+    def _learn(self, times: Sequence[StepTimes], seconds: float, has_chunks: bool) -> None:
+        """What passes cost, the last of which was the step's, and how long the step took."""
+        costs, last = self.planner.costs, times[-1]
+        # A chunk attends to all before it, so its rows cost more than those of a whole text.
+        for one in times[:-1] if has_chunks else times:
+            costs.observe_pass(
+                one.tokens, one.rows, one.seconds[LOWER], one.seconds.get(UPPER, 0.0)
+            )
+        costs.observe_overhead(seconds - last.seconds[LOWER] - last.seconds.get(UPPER, 0.0))
+        for stage, stage_s in {**last.seconds, "step": seconds}.items():
+            self._count_us(stage, stage_s)
+        alone_s = seconds if has_chunks else costs.seconds(last.tokens, last.tokens)
+        self._count_us("backbone", alone_s)
+
+    def _miss_times(self) -> None:
+        """A step came back without its times: said once, since the policy then goes by a guess."""
+        self._untimed_steps += 1
+        if self._untimed_steps == UNTIMED_STEPS:
+            logger.warning(
+                "RevMUX: %d steps came back without the times of their stages (revmux_times, which "
+                "the worker sets on vLLM's output), so what a step costs is not known. Policy "
+                "`load` goes by a default, %d full steps of the backbone alone per target_ms, "
+                "until times come.",
+                UNTIMED_STEPS,
+                ASSUMED_STEPS,
+            )
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
         """vLLM's statistics, with the planner's since the last ones."""
@@ -144,6 +190,11 @@ def _records(requests: Any) -> list[Waiting]:
         Waiting(r.request_id, r.num_tokens, r.cache_salt, _is_exact(r), r.arrival_time - behind)
         for r in requests
     ]
+
+
+def _has_tokens_left(request: Request) -> bool:
+    """A chunk of it is yet to be scheduled."""
+    return request.num_computed_tokens < request.num_tokens
 
 
 def _is_exact(request: Request) -> bool:

@@ -1,8 +1,8 @@
 """How long the stages of a forward pass took, where they run.
 
-The model marks the end of each stage, the worker takes the times and sends them with the step's
-output, and the scheduler learns its costs from them. On a GPU the marks are events, which nobody
-waits for before the step is over.
+The model marks the end of each stage, the worker takes the marks and sends the times with the
+step's output, and the scheduler learns its costs from them. On a GPU the marks are events, and
+nobody waits for them before the step's answers are waited for.
 """
 
 import itertools
@@ -32,17 +32,37 @@ class StepTimes:
     seconds: dict[str, float]
 
 
+@dataclass(frozen=True)
+class MarkedPass:
+    """A forward pass as it was marked: on a GPU perhaps not over yet.
+
+    Attributes:
+        tokens, rows: as of ``StepTimes``.
+        marks: name of the stage that ended, and when: seconds, or an event of the device's.
+    """
+
+    tokens: int
+    rows: int
+    marks: list[tuple[str, Any]]
+
+    def times(self) -> StepTimes:
+        """Its times; on a GPU this waits for the pass."""
+        pairs = itertools.pairwise(self.marks)
+        seconds = {stage: _between(before, at) for (_, before), (stage, at) in pairs}
+        return StepTimes(self.tokens, self.rows, seconds)
+
+
 class StageClock:
     """Marks of one forward pass; those of the last ones are kept until they are taken."""
 
     def __init__(self) -> None:
         self._on_gpu = False
         self._marks: list[tuple[str, Any]] = []
-        self._finished: deque[tuple[int, int, list[tuple[str, Any]]]] = deque(maxlen=64)
+        self._finished: deque[MarkedPass] = deque(maxlen=64)
 
-    def start(self) -> None:
-        """A pass begins."""
-        self._on_gpu = torch.cuda.is_available()
+    def start(self, device: torch.device) -> None:
+        """A pass begins on ``device``."""
+        self._on_gpu = device.type == "cuda"
         self._marks = [("", self._now())]
 
     def mark(self, stage: str) -> None:
@@ -51,18 +71,12 @@ class StageClock:
 
     def finish(self, tokens: int, rows: int) -> None:
         """The pass has ended."""
-        self._finished.append((tokens, rows, self._marks))
+        self._finished.append(MarkedPass(tokens, rows, self._marks))
 
-    def take(self) -> list[StepTimes]:
-        """Times of the passes since the last call; on a GPU this waits for them."""
-        taken = []
-        while self._finished:
-            tokens, rows, marks = self._finished.popleft()
-            seconds = {
-                stage: _between(before, at)
-                for (_, before), (stage, at) in itertools.pairwise(marks)
-            }
-            taken.append(StepTimes(tokens, rows, seconds))
+    def take(self) -> list[MarkedPass]:
+        """The passes since the last call."""
+        taken = list(self._finished)
+        self._finished.clear()
         return taken
 
     def _now(self) -> Any:

@@ -4,17 +4,16 @@ It also sends the times of the step's stages back with the output, and before th
 of a few passes of growing size.
 """
 
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
+from vllm.distributed.parallel_state import get_tp_group
 from vllm.platforms import current_platform
+from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
-from revmux_vllm.engine.stages import clock
-from revmux_vllm.planning.packing import MuxPlan
-from revmux_vllm.rungs import Rung
+from revmux_vllm.engine.kv_cache import fit_kv_cache
+from revmux_vllm.engine.stages import MarkedPass, StepTimes, clock
+from revmux_vllm.engine.steps import StepPlan, running
 
 if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as BaseWorker
@@ -26,71 +25,85 @@ MEASURE_S = 0.25
 """Start-up measures passes of growing size until one takes this long."""
 
 
-@dataclass(frozen=True)
-class StepPlan:
-    """The plan of the step that runs now.
+class TimedOutput(AsyncModelRunnerOutput):
+    """vLLM's output that is still on its way, and the times of the step's passes with it.
 
-    Attributes:
-        plan: composites by request id.
-        row_of: request id to row of the batch. The model runner fills it while it prepares the
-            step, so it is read only when metadata is built.
+    Args:
+        output: vLLM's own.
+        start_up: times from before the first step.
+        passes: of the step.
     """
 
-    plan: MuxPlan
-    row_of: Mapping[str, int]
+    def __init__(
+        self,
+        output: AsyncModelRunnerOutput,
+        start_up: Sequence[StepTimes],
+        passes: Sequence[MarkedPass],
+    ) -> None:
+        self._output, self._start_up, self._passes = output, start_up, passes
 
-    def groups(self) -> list[tuple[Rung, tuple[int, ...]]]:
-        """Composites by row of the batch, carrier first, and their rungs."""
-        return [
-            (rung, tuple(self.row_of[member] for member in group))
-            for rung, group in zip(self.plan.rungs, self.plan.groups, strict=True)
-        ]
-
-
-_current: StepPlan | None = None
-
-
-def current_step() -> StepPlan | None:
-    """The plan of the running step; None in profiling and warm-up runs."""
-    return _current
+    def get_output(self) -> ModelRunnerOutput:
+        """vLLM's, once it is there; then the passes are over too, and their times known."""
+        return with_times(self._output.get_output(), self._start_up, self._passes)
 
 
-@contextmanager
-def running(step: StepPlan | None) -> Iterator[None]:
-    """Make ``step`` the current one for the duration."""
-    global _current
-    _current = step
-    try:
-        yield
-    finally:
-        _current = None
+def with_times(output: Any, start_up: Sequence[StepTimes], passes: Sequence[MarkedPass]) -> Any:
+    """``output`` with ``revmux_times``: of every pass, those of the step last."""
+    output.revmux_times = [*start_up, *(marked.times() for marked in passes)]
+    return output
 
 
 class RevMuxWorker(BaseWorker):
     """vLLM's worker for this platform; reads the plan off the scheduler's output."""
 
+    _start_up: Sequence[StepTimes] = ()
+
+    def determine_available_memory(self) -> int:
+        """vLLM's, after the cache was sized by the layers' own pages, which only a worker knows."""
+        fit_kv_cache(self.vllm_config, self.get_kv_cache_spec())
+        available: int = super().determine_available_memory()
+        return available
+
     def compile_or_warm_up_model(self, *args: Any, **kwargs: Any) -> Any:
         """vLLM's, and then the layers timed; the first step brings the times to the scheduler."""
         result = super().compile_or_warm_up_model(*args, **kwargs)
-        tokens, most = 16, self.vllm_config.scheduler_config.max_num_batched_tokens
-        self.model_runner._dummy_run(tokens)
+        self.model_runner.get_model().warm_up_rungs()
+        self._start_up = self._measure()
+        return result
+
+    def _measure(self) -> list[StepTimes]:
+        """Times of passes of growing size, every rank's of the same sizes.
+
+        Ranks that stopped at different sizes would wait for one another for ever, so the first
+        rank's clock decides for all.
+        """
+        runner, most = self.model_runner, self.vllm_config.scheduler_config.max_num_batched_tokens
+        tokens, measured = 16, []
+        runner._dummy_run(tokens)  # warms up
         clock.take()
         while tokens <= most:
-            began = time.perf_counter()
-            self.model_runner._dummy_run(tokens)
-            if time.perf_counter() - began > MEASURE_S:
+            runner._dummy_run(tokens)
+            times = [marked.times() for marked in clock.take()]
+            measured += times
+            seconds = sum(sum(one.seconds.values()) for one in times)
+            if get_tp_group().broadcast_object(seconds > MEASURE_S):
                 break
             tokens *= 4
-        return result
+        return measured
 
     def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         """One step under its plan."""
         plan = getattr(scheduler_output, "mux_plan", None)
         step = None
         if plan is not None:
-            step = StepPlan(plan, self.model_runner.input_batch.req_id_to_index)
+            # V2 has no such batch; there the model's state says which row each request has.
+            batch = getattr(self.model_runner, "input_batch", None)
+            step = StepPlan(plan, None if batch is None else batch.req_id_to_index)
         with running(step):
             output = super().execute_model(scheduler_output, *args, **kwargs)
-        if scheduler_output.total_num_scheduled_tokens:
-            output.revmux_times = clock.take()
-        return output
+        if not scheduler_output.total_num_scheduled_tokens:
+            return output
+        start_up, self._start_up = self._start_up, ()
+        if isinstance(output, AsyncModelRunnerOutput):
+            return TimedOutput(output, start_up, clock.take())
+        return with_times(output, start_up, clock.take())

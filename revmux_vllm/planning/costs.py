@@ -73,6 +73,10 @@ class LayerCosts:
         fixed = self.overhead_s + a * (self.lower + self.upper)
         return num_steps * fixed + b * (self.lower * tokens + self.upper * rows)
 
+    def whole_tokens(self, tokens: float, rows: float) -> float:
+        """``tokens`` below the cut and ``rows`` above it, as tokens that run through all layers."""
+        return (self.lower * tokens + self.upper * rows) / (self.lower + self.upper)
+
     def tokens_per_s(self, saving: float, step_tokens: int) -> float:
         """What full steps of ``step_tokens`` answer per second at a rung; 0 until it is known."""
         seconds = self.seconds(step_tokens, step_tokens / saving)

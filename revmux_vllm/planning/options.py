@@ -1,4 +1,4 @@
-"""What the user may say about planning: the ``revmux`` object of ``--additional-config``."""
+"""What the user may say about serving: the ``revmux`` object of ``--additional-config``."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,6 +8,7 @@ from revmux_vllm.errors import UserError, within
 from revmux_vllm.rungs import Rung, parse_rungs
 
 WHERE = "--additional-config revmux"
+ADAPTER_DTYPES = ("auto", "float32", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,9 @@ class Options:
         target_ms: horizon of ``load``.
         linger_ms: longest time that a request waits for partners at a composite's rung.
         isolate: a request without a ``cache_salt`` shares composites with nobody.
+        adapter_dtype: what adapters compute in: ``float32``, ``bfloat16``, or ``auto``: on a GPU
+            bfloat16 where the backbone is served in 16 bits, on a CPU at least as wide as they are
+            stored.
     """
 
     policy: str = "load"
@@ -33,6 +37,7 @@ class Options:
     target_ms: float = 1000.0
     linger_ms: float = 0.0
     isolate: bool = False
+    adapter_dtype: str = "auto"
 
 
 def read_options(additional_config: Any, config: RevMuxConfig) -> Options:
@@ -74,6 +79,9 @@ def _read(given: dict[str, Any], config: RevMuxConfig) -> Options:
             raise UserError(f"`{key}`", expected=f"milliseconds{above}", found=value)
     if not isinstance(given.get("isolate", False), bool):
         raise UserError("`isolate`", expected="true or false", found=given["isolate"])
+    dtype = given.get("adapter_dtype", "auto")
+    if dtype not in ADAPTER_DTYPES:
+        raise UserError("`adapter_dtype`", expected=f"one of {ADAPTER_DTYPES}", found=dtype)
     rungs = tuple(rung for rung in _read_rungs(given, config) if rung.mux <= max_width)
     options = Options(**given | {"rungs": rungs, "max_width": max_width})
     if options.policy not in ("load", "off"):

@@ -4,9 +4,11 @@ A plan says only which requests go together. How their rows are combined is the 
 and how the upper layers see them is the engine's.
 """
 
+import math
 from collections import Counter
 from collections.abc import Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from revmux_vllm.rungs import Rung
 
@@ -36,23 +38,31 @@ class MuxPlan:
         if [rung.mux for rung in self.rungs] != [len(group) for group in self.groups]:
             raise ValueError(f"plan: rungs {self.rungs} for composites {self.groups}")
 
+    @property
+    def all_alone(self) -> bool:
+        """Whether every request runs on the backbone alone."""
+        return all(rung == Rung() for rung in self.rungs)
+
 
 def pack(
     lengths: Sequence[int],
     widths: Iterable[int],
     domains: Sequence[Hashable] | None = None,
+    max_tokens: float = math.inf,
 ) -> list[tuple[int, ...]]:
     """Group sequences into composites, similar lengths together.
 
     Within a domain the sequences are sorted by length, longest first, and cut greedily from the
-    top: as many of the largest width as there are, then the next, and what is left runs alone.
-    O(n log n); equal lengths keep their order, so the result depends on the arguments alone.
+    top: each time as many as the largest width that there are enough for and that a step has room
+    for, and what is left runs alone. O(n log n); equal lengths keep their order, so the result
+    depends on the arguments alone.
 
     Args:
         lengths: tokens of each sequence, all positive.
         widths: composite widths that adapters exist for; 1 is always allowed.
         domains: isolation domain of each sequence; sequences of different domains never share a
             composite. Default: one domain.
+        max_tokens: of a step: no composite has more, all members together.
 
     Returns:
         Groups of indices into ``lengths``, each index in exactly one, carrier first.
@@ -70,12 +80,15 @@ def pack(
     groups: list[tuple[int, ...]] = []
     for members in by_domain.values():
         members.sort(key=lengths.__getitem__, reverse=True)
+        until = list(accumulate((lengths[index] for index in members), initial=0))
         start = 0
-        for width in ladder:
-            while len(members) - start >= width:
-                groups.append(tuple(members[start : start + width]))
-                start += width
-        groups.extend((index,) for index in members[start:])
+        while start < len(members):
+            room = until[start] + max_tokens
+            width = next(
+                (w for w in ladder if start + w < len(until) and until[start + w] <= room), 1
+            )
+            groups.append(tuple(members[start : start + width]))
+            start += width
     return groups
 
 
@@ -84,6 +97,7 @@ def pack_rungs(
     rungs: Iterable[Rung],
     domains: Sequence[Hashable] | None = None,
     exact: Collection[int] = (),
+    max_tokens: float = math.inf,
 ) -> list[Packed]:
     """``pack`` for the cheapest of ``rungs``, narrower ones as merged as it for what is left.
 
@@ -91,14 +105,14 @@ def pack_rungs(
     that needs no partner, which is the backbone alone if nothing merges.
 
     Args:
-        lengths, domains: as for ``pack``.
+        lengths, domains, max_tokens: as for ``pack``.
         rungs: that may be used; the backbone alone always may.
         exact: indices of those that run on the backbone alone whatever else may be used.
     """
     if exact:
         others = [i for i in range(len(lengths)) if i not in exact]
         theirs = None if domains is None else [domains[i] for i in others]
-        packed = pack_rungs([lengths[i] for i in others], rungs, theirs)
+        packed = pack_rungs([lengths[i] for i in others], rungs, theirs, (), max_tokens)
         return [
             *((rung, tuple(others[i] for i in group)) for rung, group in packed),
             *((Rung(), (i,)) for i in sorted(exact)),
@@ -111,7 +125,8 @@ def pack_rungs(
     )
     kind = [rung for rung in ladder if rung.way == cheapest.way and rung.mux > 1]
     by_width = {1: alone} | ({rung.mux: rung for rung in kind} if cheapest.mux > 1 else {})
-    return [(by_width[len(group)], group) for group in pack(lengths, by_width, domains)]
+    groups = pack(lengths, by_width, domains, max_tokens)
+    return [(by_width[len(group)], group) for group in groups]
 
 
 def first_of(
@@ -133,15 +148,18 @@ def first_of(
         packed: as ``pack_rungs`` gives them; indices are places in the queue.
         lengths: tokens of each request.
         rungs: as for ``pack_rungs``.
-        max_tokens, max_requests: of a step. A composite beyond them by itself runs in part. Upper
-            layers never have more rows or sequences than lower ones, so these are theirs too.
+        max_tokens, max_requests: of a step. A composite beyond them by itself runs in part, and a
+            request longer than a step alone in it, as the first of its chunks. Upper layers never
+            have more rows or sequences than lower ones, so these are theirs too.
         fresh: requests that may be left for the next step, where they may find partners.
     """
     chosen: list[Packed] = []
     for rung, group in sorted(packed, key=lambda entry: min(entry[1])):
         tokens = sum(lengths[i] for i in group)
         if tokens > max_tokens or len(group) > max_requests:
-            if not chosen:
+            if not chosen and max_requests and len(group) == 1:
+                chosen = [(rung, group)]
+            elif not chosen:
                 part = _fitting(sorted(group), lengths, max_tokens, max_requests)
                 packed_part = pack_rungs([lengths[i] for i in part], rungs)
                 chosen = [(at, tuple(part[i] for i in members)) for at, members in packed_part]
@@ -169,15 +187,16 @@ def _fitting(
     return fitting
 
 
-def fallbacks(alone: Sequence[tuple[Hashable, bool]], because: str | None) -> Counter[str]:
+def fallbacks(alone: Sequence[tuple[Hashable, str]], because: str | None) -> Counter[str]:
     """Why requests run alone, counted.
 
     Args:
-        alone: isolation domain of each, and whether it asked for the exact answer.
+        alone: isolation domain of each, and a reason of its own (``exact``, ``long``) or "".
         because: what to call it where no other rung was used; None where one was. Then those of one
             domain had no partner left (``no_partner``), those of several were kept apart
             (``isolation``).
     """
-    domains = [domain for domain, exact in alone if not exact]
+    domains = [domain for domain, own in alone if not own]
     apart = "isolation" if len(set(domains)) > 1 else "no_partner"
-    return +Counter({"exact": len(alone) - len(domains), because or apart: len(domains)})
+    reasons = Counter(own for _, own in alone if own)
+    return +(reasons + Counter({because or apart: len(domains)}))

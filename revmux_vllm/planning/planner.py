@@ -6,11 +6,14 @@ from one step to the next but the rung, the costs and the times of the last choi
 was aborted, preempted or not taken is simply not there, or there again, when the next step is
 planned.
 
+A request longer than a step is chosen by itself and runs in chunks. Until its last chunk the engine
+chooses nobody else, and in a step with a chunk of a request in it everything runs alone.
+
 All times are seconds on one clock, the caller's.
 """
 
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -141,14 +144,22 @@ class StepPlanner:
         )
         return Step(rungs, tuple((rung, tuple(window[i] for i in group)) for rung, group in packed))
 
-    def plan(self, step: Step, taken: Sequence[Waiting]) -> MuxPlan:
+    def plan(
+        self, step: Step, taken: Sequence[Waiting], chunks: Mapping[str, bool] | None = None
+    ) -> MuxPlan:
         """The plan of the step, once the engine has taken what it could.
 
         Args:
             step: as ``choose`` gave it.
             taken: all that run, in the engine's order. Composites of which every member is there
                 stay as they are; the members of others are packed anew.
+            chunks: ids of those that run in part, and whether it is their last part, with which
+                they are counted. Where there are any, everything runs alone.
         """
+        if chunks:
+            done = [request for request in taken if chunks.get(request.id, True)]
+            self._count([(Rung(), (request,)) for request in done], "long")
+            return MuxPlan(tuple((r.id,) for r in taken), (Rung(),) * len(taken))
         left = {request.id: request for request in taken}
         whole = [entry for entry in step.composites if all(m.id in left for m in entry[1])]
         for _, group in whole:
@@ -158,7 +169,7 @@ class StepPlanner:
         whole += [
             (rung, tuple(rest[i] for i in group)) for rung, group in self._pack(rest, step.rungs)
         ]
-        self._count(whole, step.rungs)
+        self._count(whole, None if step.rungs else self.policy.alone_because)
         groups = tuple(tuple(member.id for member in group) for _, group in whole)
         return MuxPlan(groups, tuple(rung for rung, _ in whole))
 
@@ -182,14 +193,15 @@ class StepPlanner:
         if not 0 < len(window) < max((rung.mux for rung in rungs), default=1):
             return False
         waited_ms = 1000 * (now_s - min(request.arrived_s for request in window))
-        return waited_ms < self.options.linger_ms and not any(r.exact for r in window)
+        return waited_ms < self.options.linger_ms and not any(map(self._alone_because, window))
 
     def _fresh(self, window: Sequence[Waiting], now_s: float) -> set[int]:
         """Those that came while the last step ran, and could share a composite."""
         if not self.policy.defers:
             return set()
         began, self._chose_at_s = self._chose_at_s, now_s
-        return {i for i, r in enumerate(window) if r.arrived_s > began and not r.exact}
+        came = (i for i, request in enumerate(window) if request.arrived_s > began)
+        return {i for i in came if not self._alone_because(window[i])}
 
     def _pack(
         self, requests: Sequence[Waiting], rungs: tuple[Rung, ...]
@@ -199,8 +211,15 @@ class StepPlanner:
             rungs,
             # Members influence one another's answer, so tenants are kept apart.
             self._domains(requests),
-            {i for i, request in enumerate(requests) if request.exact},
+            {i for i, request in enumerate(requests) if self._alone_because(request)},
+            self.budgets.max_tokens,
         )
+
+    def _alone_because(self, request: Waiting) -> str:
+        """Why it never shares, whoever waits; empty if it may."""
+        if request.exact:
+            return "exact"
+        return "long" if request.num_tokens > self.budgets.max_tokens else ""
 
     def _domains(self, requests: Sequence[Waiting]) -> list[Hashable]:
         if not self.options.isolate:
@@ -208,7 +227,7 @@ class StepPlanner:
         # A tuple, which no name of a domain equals.
         return [(r.id,) if r.domain is None else r.domain for r in requests]
 
-    def _count(self, composites: Sequence[Composite], rungs: tuple[Rung, ...]) -> None:
+    def _count(self, composites: Sequence[Composite], alone_because: str | None) -> None:
         for rung, number in Counter(rung for rung, _ in composites).items():
             self.counts["requests", str(rung)] += number * rung.mux
             self.counts["composites", str(rung)] += number
@@ -217,9 +236,7 @@ class StepPlanner:
                 self.counts["composite_slots", ""] += rung.mux * group[0].num_tokens
                 self.counts["composite_tokens", ""] += sum(r.num_tokens for r in group)
         alone = [group[0] for rung, group in composites if rung == Rung()]
-        reasons = fallbacks(
-            list(zip(self._domains(alone), (request.exact for request in alone), strict=True)),
-            self.policy.alone_because if not rungs else None,
-        )
+        own = map(self._alone_because, alone)
+        reasons = fallbacks(list(zip(self._domains(alone), own, strict=True)), alone_because)
         for reason, n in reasons.items():
             self.counts["fallbacks", reason] += n

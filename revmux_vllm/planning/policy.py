@@ -17,6 +17,8 @@ WINDOW = 1024
 """Most waiting requests that are looked at for partners."""
 NARROW_AT = 0.6
 """Share of the horizon that a narrower rung must be content with, so that rungs do not flap."""
+ASSUMED_STEPS = 10
+"""Full steps of the backbone alone that fill the horizon, until a step was measured."""
 
 
 class Policy(Protocol):
@@ -75,6 +77,7 @@ class ByLoad:
         budgets: of one step.
     """
 
+    window = WINDOW
     alone_because = "light_load"
     defers = True
 
@@ -95,11 +98,6 @@ class ByLoad:
         self.level = 0
 
     @property
-    def window(self) -> int:
-        """One until a step was measured: the first request of all runs by itself."""
-        return WINDOW if self.costs.known else 1
-
-    @property
     def savings(self) -> tuple[float, float]:
         """Of the level, and of the highest one."""
         return self.levels[self.level].saving, self.levels[-1].saving
@@ -118,12 +116,18 @@ class ByLoad:
         return next((i for i, share in enumerate(shares) if share <= limit), len(shares) - 1)
 
     def _share(self, level: int, backlog: Backlog) -> float:
-        """Part of the horizon that it takes to answer what waits and what will come."""
+        """Part of the horizon that it takes to answer what waits and what will come.
+
+        Until a step was measured a token through all layers takes its part of ``ASSUMED_STEPS``
+        steps, and nothing else takes time: so a burst is multiplexed, and a lone request is not.
+        """
         tokens = backlog.num_tokens + backlog.tokens_per_s * self.horizon_s
         requests = backlog.num_requests * tokens / max(1.0, backlog.num_tokens)
         most = self.budgets
         num_steps = math.ceil(max(tokens / most.max_tokens, requests / most.max_requests))
         rows = tokens / self.levels[level].saving
+        if not self.costs.known:
+            return self.costs.whole_tokens(tokens, rows) / (ASSUMED_STEPS * most.max_tokens)
         return self.costs.seconds(tokens, rows, num_steps) / self.horizon_s
 
 

@@ -1,13 +1,16 @@
 """The index arithmetic of a step, against a plain-Python reading of the same plan."""
 
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from revmux_vllm.engine.layout import make_layout
+from revmux_vllm.engine.transfer import sent
 from revmux_vllm.planning.packing import pack
 from revmux_vllm.rungs import Rung
 
@@ -79,7 +82,8 @@ def test_rows_follow_the_plan(
             continue
         for row, sequence in zip(part.read_at.tolist(), part.sequence.tolist(), strict=True):
             assert read.pop(sequence) == row
-        streams = part.stream.view(-1, part.rung.mux).tolist()
+        assert_absent_rows_are_the_members_own(part, starts)
+        streams = part.stream.reshape(-1, part.rung.mux).tolist()
         assert streams == [list(range(part.rung.mux))] * len(streams)
     assert sorted(read) == sorted(group[0] for rung, group in groups if rung == Rung())
     pooled = starts[:-1] if pools_first else starts[1:] - 1
@@ -94,9 +98,67 @@ def gathered(part: Any, num_tokens: int) -> list[list[list[int]]]:
             [t for t, there in zip(row, merged, strict=True) if there]
             for row, merged in zip(part.tokens.tolist(), part.merged.tolist(), strict=True)
         ]
-        assert bool((part.tokens == num_tokens).eq(~part.merged).all())
-    source.append([])
-    return [[source[row] for row in rows] for rows in part.rows.tolist()]
+    return [
+        [source[row] if there else [] for row, there in zip(rows, present, strict=True)]
+        for rows, present in zip(part.rows.tolist(), part.present.tolist(), strict=True)
+    ]
+
+
+def assert_absent_rows_are_the_members_own(part: Any, starts: np.ndarray) -> None:
+    """What is masked is read all the same: nothing of others, and nothing behind the batch."""
+    owner = np.repeat(np.arange(len(starts) - 1), np.diff(starts))
+    tokens = np.arange(starts[-1])[:, None] if part.tokens is None else part.tokens
+    members = owner[tokens[part.rows]]  # (R, N, M)
+    assert (members == members[:, :, :1]).all()
+    composites = {tuple(row) for row in part.sequence.reshape(-1, part.rung.mux).tolist()}
+    assert {tuple(row) for row in members[:, :, 0].tolist()} == composites
+
+
+def test_a_step_reaches_the_device_in_one_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    copies: list[int] = []
+    to = torch.Tensor.to
+
+    def counted(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        copies.append(tensor.nbytes)
+        return to(tensor, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "to", counted)
+    groups = [
+        (Rung(), (0,)),
+        (Rung(mux=2), (2, 1)),
+        (Rung(2, 2), (3, 4)),
+        (Rung(merge=2), (5,)),
+        (Rung(exit=True), (6,)),
+    ]
+    layout = make_layout(groups, np.array([0, 3, 5, 9, 20, 25, 26, 30]))
+    there = sent(layout, torch.device("cpu"))
+    assert len(copies) == 1
+    storages = {tensor.untyped_storage().data_ptr() for tensor in tensors(there)}
+    assert len(storages) == 1
+    for host, tensor in zip(arrays(layout), tensors(there), strict=True):
+        assert torch.equal(tensor, torch.from_numpy(np.ascontiguousarray(host)))
+        assert tensor.dtype == torch.from_numpy(host[:0]).dtype
+
+
+def arrays(layout: Any) -> list[np.ndarray]:
+    """Of a layout and its rungs, without those that stay on the host."""
+    return _of_type(layout, np.ndarray)
+
+
+def tensors(layout: Any) -> list[torch.Tensor]:
+    """Of a layout that was sent, and of its rungs."""
+    return _of_type(layout, torch.Tensor)
+
+
+def _of_type(record: Any, kind: type) -> list[Any]:
+    found = []
+    for field in fields(record):
+        value = getattr(record, field.name)
+        if isinstance(value, tuple):
+            found += [one for part in value for one in _of_type(part, kind)]
+        elif isinstance(value, kind) and not field.metadata.get("host"):
+            found.append(value)
+    return found
 
 
 @pytest.mark.parametrize("groups", [[(0,)], [(0, 1), (1,)], [(0, 1), (2,)]])

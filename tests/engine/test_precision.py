@@ -28,26 +28,29 @@ INT8_MEAN_TOLERANCE = 0.12
 
 
 @pytest.mark.parametrize(
-    ("family", "dtype", "tolerance"),
+    ("family", "dtype", "adapter_dtype", "tolerance"),
     [
-        ("llama", "bfloat16", BFLOAT16_TOLERANCE),
-        ("bert", "float16", FLOAT16_TOLERANCE),  # what vLLM takes for a float32 folder
-        ("t5", "bfloat16", BFLOAT16_TOLERANCE),
+        ("llama", "bfloat16", "bfloat16", BFLOAT16_TOLERANCE),  # as on a GPU
+        ("bert", "float16", "auto", FLOAT16_TOLERANCE),  # what vLLM takes for a float32 folder
+        ("t5", "bfloat16", "auto", BFLOAT16_TOLERANCE),
     ],
 )
 def test_half_precision(
     family: str,
     dtype: str,
+    adapter_dtype: str,
     tolerance: float,
     tmp_path: Path,
     make_engine: Callable[..., RecordingEngine],
 ) -> None:
     words: dict[str, Any] = {"label_words": ("w8", "w7", "w311")} if family == "t5" else {}
     folder = make_tiny_checkpoint(tmp_path, family=family, rungs=ALL, **words)
-    engine, reference = make_engine(folder, dtype=dtype), reference_of(folder)
-    # The backbone is narrowed, the adapters stay as they are stored.
+    chosen = {"revmux": {"adapter_dtype": adapter_dtype}}
+    engine = make_engine(folder, dtype=dtype, additional_config=chosen)
+    reference = reference_of(folder)
+    # The backbone is narrowed; the adapters stay as they are stored, unless the user says else.
     dtypes = engine.llm.apply_model(dtypes_of)
-    assert dtypes == [{dtype, "float32"}]
+    assert dtypes == [{dtype, "float32" if adapter_dtype == "auto" else adapter_dtype}]
     for kind in (MUX, BOTH):
         check(engine, reference, kind, tolerance)
 

@@ -1,6 +1,7 @@
 """Every request in exactly one composite, similar lengths together, tenants apart."""
 
 import itertools
+import math
 import random
 import time
 
@@ -17,19 +18,28 @@ widths_strategy = st.sets(st.integers(2, 9), max_size=4)
 @given(
     requests=st.lists(st.tuples(st.integers(1, 600), st.sampled_from("abc")), max_size=120),
     widths=widths_strategy,
+    max_tokens=st.sampled_from([math.inf, 1200, 600]),
 )
-def test_plan_properties(requests: list[tuple[int, str]], widths: set[int]) -> None:
+def test_plan_properties(
+    requests: list[tuple[int, str]], widths: set[int], max_tokens: float
+) -> None:
     lengths = [length for length, _ in requests]
     domains = [domain for _, domain in requests]
-    groups = pack(lengths, widths, domains)
+    groups = pack(lengths, widths, domains, max_tokens)
     assert sorted(i for group in groups for i in group) == list(range(len(requests)))
     for group in groups:
         assert len(group) in widths | {1}
         assert len({domains[i] for i in group}) == 1
         assert lengths[group[0]] == max(lengths[i] for i in group), "the carrier is the longest"
+        assert sum(lengths[i] for i in group) <= max_tokens, "a step has room for it"
+    narrowest = min(widths, default=len(requests) + 1)
     for domain in set(domains):
-        alone = [g for g in groups if len(g) == 1 and domains[g[0]] == domain]
-        assert len(alone) < min(widths, default=len(requests) + 1)
+        own = [i for i, its in enumerate(domains) if its == domain]
+        own.sort(key=lengths.__getitem__, reverse=True)
+        for place, i in enumerate(own):
+            partners = [lengths[other] for other in own[place : place + narrowest]]
+            has_partners = len(partners) == narrowest and sum(partners) <= max_tokens
+            assert not ((i,) in groups and has_partners), "alone, though the next ones would fit"
 
 
 @given(lengths=st.lists(st.integers(1, 600), min_size=1, max_size=64))
@@ -41,6 +51,14 @@ def test_groups_of_one_width_do_not_overlap_in_length(lengths: list[int]) -> Non
 
 def test_leftovers_run_at_smaller_widths() -> None:
     assert [len(group) for group in pack([5] * 15, [2, 4, 8])] == [8, 4, 2, 1]
+
+
+def test_a_composite_is_no_wider_than_a_step_has_room_for() -> None:
+    groups = pack([400] * 9 + [100] * 7, [2, 4, 8], max_tokens=2048)
+    assert [len(group) for group in groups] == [4, 4, 8]
+    assert [len(group) for group in pack([400] * 9, [8], max_tokens=2048)] == [1] * 9
+    packed = pack_rungs([400] * 9, [Rung(mux=4), Rung(mux=8)], exact={8}, max_tokens=2048)
+    assert [str(rung) for rung, _ in packed] == ["mux:4", "mux:4", "alone"]
 
 
 def test_no_widths_means_everyone_alone() -> None:
@@ -163,6 +181,18 @@ def test_a_composite_beyond_the_budget_runs_in_part() -> None:
     assert [group for _, group in first_of(packed, [10] * 4, rungs, 90, 2)] == [(0, 1)]
 
 
+def test_one_longer_than_a_step_runs_by_itself_in_its_turn() -> None:
+    rungs, lengths = [Rung(mux=2)], [90, 10, 10, 10]
+
+    def ran(lengths: list[int], long: int, free: int = 9) -> list[tuple[int, ...]]:
+        packed = pack_rungs(lengths, rungs, exact={long}, max_tokens=40)
+        return [group for _, group in first_of(packed, lengths, rungs, 40, free)]
+
+    assert ran([90, 10, 10, 10], 0) == [(0,)]
+    assert ran([10, 10, 90, 10], 2) == [(0, 1)], "those who waited longer run first"
+    assert ran(lengths, 0, free=0) == []
+
+
 def test_who_just_came_may_wait_while_a_full_composite_runs() -> None:
     rungs = [Rung(mux=2), Rung(mux=4)]
 
@@ -177,9 +207,10 @@ def test_who_just_came_may_wait_while_a_full_composite_runs() -> None:
 
 
 def test_reasons_to_run_alone() -> None:
-    assert fallbacks([("a", False), ("a", True)], None) == {"no_partner": 1, "exact": 1}
-    assert fallbacks([("a", False), ("b", False)], None) == {"isolation": 2}
-    assert fallbacks([("a", False), ("b", False)], "light_load") == {"light_load": 2}
+    assert fallbacks([("a", ""), ("a", "exact")], None) == {"no_partner": 1, "exact": 1}
+    assert fallbacks([("a", ""), ("b", "")], None) == {"isolation": 2}
+    assert fallbacks([("a", ""), ("b", "")], "light_load") == {"light_load": 2}
+    assert fallbacks([("a", "long"), ("b", "")], "light_load") == {"light_load": 1, "long": 1}
     assert fallbacks([], "light_load") == {}
 
 

@@ -48,7 +48,10 @@ def names(composites: tuple[Composite, ...]) -> list[tuple[str, ...]]:
 
 
 class Planning(RuleBasedStateMachine):
-    """An engine that takes what it likes of every step: all, a part, and some of its own."""
+    """An engine that takes what it likes of every step: all, a part, and some of its own.
+
+    What is longer than a step it takes in chunks, and chooses nobody else meanwhile.
+    """
 
     @initialize(
         options=st.sampled_from(
@@ -68,6 +71,8 @@ class Planning(RuleBasedStateMachine):
     )
     def start(self, options: dict[str, Any], max_tokens: int, max_requests: int) -> None:
         self.planner = planner(Budgets(max_tokens, max_requests), **options)
+        self.long: Waiting | None = None
+        self.tokens_left = 0
         self.now, self.made = 0.0, 0
         self.waiting: list[Waiting] = []
         self.passed_over: set[str] = set()
@@ -79,7 +84,11 @@ class Planning(RuleBasedStateMachine):
 
     @rule(
         requests=st.lists(
-            st.tuples(lengths_strategy, domains_strategy, st.sampled_from([False, False, True])),
+            st.tuples(
+                lengths_strategy | st.just(5 * LONGEST),
+                domains_strategy,
+                st.sampled_from([False, False, True]),
+            ),
             min_size=1,
             max_size=12,
         ),
@@ -88,6 +97,14 @@ class Planning(RuleBasedStateMachine):
         for request in requests:
             self.waiting.append(self.make(*request))
             self.planner.arrive(request[0])
+
+    @precondition(lambda self: self.long)
+    @rule(is_preempted=st.booleans())
+    def lose_the_long_one(self, is_preempted: bool) -> None:
+        """Between two of its chunks: it is aborted, or returns to the queue to begin anew."""
+        if is_preempted:
+            self.waiting.insert(0, self.long)
+        self.long, self.tokens_left = None, 0
 
     @precondition(lambda self: self.waiting)
     @rule(data=st.data())
@@ -106,9 +123,15 @@ class Planning(RuleBasedStateMachine):
     )
     def step(self, data: st.DataObject, most_dropped: int, resumed: list[int]) -> None:
         self.now += STEP_S
+        if self.long:
+            self.take_chunk()
+            return
         step = choose(self.planner, self.waiting, self.now)
         self.check_step(step)
         taken = step.members
+        if self.is_long(taken):
+            self.begin_long(taken[0])
+            return
         if taken and most_dropped:
             some = st.lists(st.sampled_from(taken), unique=True, max_size=most_dropped)
             dropped = data.draw(some)
@@ -122,7 +145,10 @@ class Planning(RuleBasedStateMachine):
         members, budgets = step.members, self.planner.budgets
         assert len(members) == len(set(members)) <= budgets.max_requests
         assert set(members) <= set(self.waiting)
-        assert sum(member.num_tokens for member in members) <= budgets.max_tokens
+        if self.is_long(members):
+            assert step.composites == ((Rung(), (members[0],)),), "by itself"
+        else:
+            assert sum(member.num_tokens for member in members) <= budgets.max_tokens
         self.check_composites(step.composites, step.rungs)
         if not self.waiting:
             assert not members
@@ -136,11 +162,34 @@ class Planning(RuleBasedStateMachine):
         if members:
             self.passed_over |= {request.id for request in self.waiting}
 
+    def is_long(self, members: list[Waiting]) -> bool:
+        return any(r.num_tokens > self.planner.budgets.max_tokens for r in members)
+
+    def begin_long(self, request: Waiting) -> None:
+        self.waiting.remove(request)
+        self.long, self.tokens_left = request, request.num_tokens
+        self.take_chunk()
+
+    def take_chunk(self) -> None:
+        """It is counted once, with its last chunk."""
+        assert self.long
+        self.tokens_left -= min(self.tokens_left, self.planner.budgets.max_tokens)
+        is_last = not self.tokens_left
+        plan = self.planner.plan(Step(), [self.long], {self.long.id: is_last})
+        assert plan.groups == ((self.long.id,),)
+        assert plan.all_alone
+        self.taken += is_last
+        self.counted += is_last
+        self.check_counts()
+        if is_last:
+            self.long = None
+
     def check_lingering(self, step: Step) -> None:
         waited_ms = 1000 * (self.now - min(request.arrived_s for request in self.waiting))
         assert waited_ms < self.planner.options.linger_ms, "only when asked, and not for ever"
         assert len(self.waiting) < max(rung.mux for rung in step.rungs), "it would be full"
         assert not any(request.exact for request in self.waiting)
+        assert not self.is_long(self.waiting)
 
     def check_plan(self, step: Step, taken: list[Waiting]) -> None:
         plan = self.planner.plan(step, taken)
@@ -155,9 +204,12 @@ class Planning(RuleBasedStateMachine):
             if set(group) <= set(taken):
                 assert (rung, group) in composites, "what is whole stays as it is"
         self.taken += len(taken)
+        self.counted += len(composites)
+        self.check_counts()
+
+    def check_counts(self) -> None:
         counts = self.planner.counts
         assert sum(n for (kind, _), n in counts.items() if kind == "requests") == self.taken
-        self.counted += len(composites)
         assert sum(n for (kind, _), n in counts.items() if kind == "composites") == self.counted
 
     def check_composites(self, composites: tuple[Composite, ...], rungs: tuple[Rung, ...]) -> None:
@@ -172,18 +224,26 @@ class Planning(RuleBasedStateMachine):
                 assert rung.mux == 1
 
     def teardown(self) -> None:
-        """All that still wait run within as many steps, and two more for those left at first."""
+        """All run within as many steps as they have chunks, and two more for those left at first."""
         if not hasattr(self, "waiting"):
             return
-        left = len(self.waiting) + 2 + self.planner.options.linger_ms / 1000 / STEP_S
-        while self.waiting:
+        per_step = self.planner.budgets.max_tokens
+        left = 2 + self.planner.options.linger_ms / 1000 / STEP_S - -self.tokens_left // per_step
+        left += sum(-(-request.num_tokens // per_step) for request in self.waiting)
+        while self.waiting or self.long:
             self.now += STEP_S
+            left -= 1
+            if self.long:
+                self.take_chunk()
+                continue
             step = choose(self.planner, self.waiting, self.now)
             self.check_step(step)
+            assert left >= 0
+            if self.is_long(step.members):
+                self.begin_long(step.members[0])
+                continue
             self.check_plan(step, step.members)
             self.waiting = [request for request in self.waiting if request not in step.members]
-            left -= 1
-            assert left > 0
 
 
 def test_none_is_lost_doubled_or_mixed_up_whatever_happens() -> None:
@@ -193,7 +253,9 @@ def test_none_is_lost_doubled_or_mixed_up_whatever_happens() -> None:
 
 
 @given(
-    lengths=st.lists(st.tuples(lengths_strategy, domains_strategy), min_size=1, max_size=80),
+    lengths=st.lists(
+        st.tuples(lengths_strategy | st.just(400), domains_strategy), min_size=1, max_size=80
+    ),
     bursts=st.lists(st.integers(0, 12), max_size=30),
     policy=st.sampled_from(["load", "fixed:4"]),
 )
@@ -269,6 +331,33 @@ def test_who_just_came_is_left_while_a_full_composite_runs() -> None:
     assert len(choose(fixed, waiting, 3.0).members) == 5, "only `load` lets them wait"
 
 
+def test_one_longer_than_a_step_runs_by_itself_and_is_counted_once() -> None:
+    of = planner(Budgets(max_tokens=50, max_requests=9), policy="fixed:2")
+    waiting = [Waiting("long", 120), Waiting("a", 9), Waiting("b", 9)]
+    step = choose(of, waiting, 1.0)
+    assert step.composites == ((Rung(), (waiting[0],)),)
+    for is_last in (False, False, True):
+        plan = of.plan(step, waiting[:1], {"long": is_last})
+        assert plan.groups == (("long",),)
+        assert of.counts["requests", "alone"] == of.counts["fallbacks", "long"] == int(is_last)
+    assert names(choose(of, waiting[1:], 2.0).composites) == [("a", "b")]
+    assert names(choose(of, waiting[::-1], 2.0).composites) == [("b", "a")], "in its turn"
+    of.plan(choose(of, [exact := Waiting("exact", 120, None, True)], 3.0), [exact], {"exact": True})
+    assert of.counts["fallbacks", "exact"] == 1
+
+
+def test_beside_a_chunk_everything_runs_alone() -> None:
+    """Whatever cut it: then the step is vLLM's own."""
+    of = planner(policy="fixed:2")
+    waiting = [Waiting(name, 9) for name in "abcd"]
+    step = choose(of, waiting, 1.0)
+    assert [rung.mux for rung, _ in step.composites] == [2, 2]
+    plan = of.plan(step, waiting, {"b": False, "c": True})
+    assert plan.groups == (("a",), ("b",), ("c",), ("d",))
+    assert plan.all_alone
+    assert of.counts["requests", "alone"] == of.counts["fallbacks", "long"] == 3
+
+
 def test_members_taken_in_part_are_packed_anew() -> None:
     of = planner(policy="fixed:4")
     waiting = [Waiting(str(i), 20 - i) for i in range(8)]
@@ -314,10 +403,8 @@ def test_no_room_is_an_empty_step() -> None:
 def test_capacity_is_known_once_it_was_measured() -> None:
     read = read_options({}, CONFIG)
     of = StepPlanner(CONFIG, read, NUM_LAYERS, AMPLE, now_s=0.0)
-    assert of.window == 1
     assert of.capacity() == {"in_use": 0.0, "widest": 0.0}
     of.costs.observe_pass(tokens=100, rows=50, lower_s=0.1, upper_s=0.15)
-    assert of.window > 1
     assert 0 < of.capacity()["in_use"] < of.capacity()["widest"]
     choose(of, [Waiting(str(i), LONGEST) for i in range(500)], 1.0)
     assert of.capacity()["in_use"] == of.capacity()["widest"]

@@ -74,15 +74,20 @@ def test_options() -> None:
     assert rungs(policy(policy="fixed:exit", rungs=["exit"]), 1) == ["exit"]
 
 
-def test_the_first_request_runs_by_itself_to_be_measured() -> None:
-    options = read_options({}, CONFIG)
+def test_pressure_multiplexes_also_while_costs_are_not_known() -> None:
+    """Ten full steps fill the horizon, however long it is, and a rung saves rows above the cut."""
     costs = LayerCosts(CONFIG.prefill_layers, NUM_LAYERS)
+    horizon_ms, full = 50, BUDGETS.max_tokens
+    options = read_options({"revmux": {"target_ms": horizon_ms}}, CONFIG)
     chooser = ByLoad(CONFIG, options, costs, BUDGETS)
-    assert chooser.window == 1
-    assert chooser.rungs(Backlog(1000, 50_000)) == ()
-    costs.observe(3, 50, 0.0125)
     assert chooser.window > 1
-    assert chooser.rungs(Backlog(1000, 50_000)) != ()
+    assert rungs(chooser, full) == []
+    assert rungs(chooser, 11 * full) == ["merge:2"]
+    assert rungs(chooser, 17 * full) == ["mux:2", "mux:4"]
+    assert rungs(chooser, 600 * 50) == ["mux:2", "mux:4"], "narrower with room to spare"
+    assert rungs(chooser, 50) == []
+    costs.observe(NUM_LAYERS, full, 1e-6)
+    assert rungs(chooser, 17 * full) == [], "costs that came later count"
 
 
 def serve(

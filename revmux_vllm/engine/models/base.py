@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer
@@ -25,9 +26,18 @@ from revmux_vllm.adapters.kinds import AdapterLadder
 from revmux_vllm.backbones.loading import label_tokens
 from revmux_vllm.config import RevMuxConfig
 from revmux_vllm.engine.attention import composite_attention_backend, enter_upper_layers
-from revmux_vllm.engine.layout import MuxLayout
+from revmux_vllm.engine.graphs import UpperGraphs
+from revmux_vllm.engine.layout import MuxLayout, make_layout
+from revmux_vllm.engine.model_state import model_state_class
 from revmux_vllm.engine.stages import DEMULTIPLEX, LOWER, MULTIPLEX, UPPER, clock
+from revmux_vllm.engine.transfer import sent
 from revmux_vllm.families import family_of
+from revmux_vllm.planning.options import read_options
+
+Layout = MuxLayout[Tensor]
+"""Of one step, on the device."""
+WARM_UP_TOKENS = 16
+"""Of every sequence that a rung is warmed up with."""
 
 
 def classify_pooler(
@@ -39,6 +49,28 @@ def classify_pooler(
     return DispatchPooler(
         {"classify": pooler_for_classify(config, pooling=pooling, classifier=classifier)}
     )
+
+
+def adapter_dtype(vllm_config: VllmConfig, config: RevMuxConfig, here: Tensor) -> torch.dtype:
+    """What adapters compute in.
+
+    Left to ``auto``, a GPU takes bfloat16, whose tensor cores are many times faster; on a CPU they
+    are never narrower than they were trained.
+
+    Args:
+        vllm_config: with the user's options.
+        config: of the checkpoint.
+        here: a tensor of the dtype and device that the backbone is served in.
+    """
+    chosen = read_options(vllm_config.additional_config, config).adapter_dtype
+    if chosen != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[chosen]
+    if here.is_cuda:
+        return torch.bfloat16 if here.dtype.itemsize == 2 else here.dtype
+    if vllm_config.load_config.load_format == "dummy":
+        return here.dtype
+    stored = checkpoint.adapter_dtype(vllm_config.model_config.model)
+    return torch.promote_types(stored, here.dtype)
 
 
 class RevMuxForSequenceClassification(nn.Module, SupportsQuant, ABC):
@@ -54,11 +86,12 @@ class RevMuxForSequenceClassification(nn.Module, SupportsQuant, ABC):
         embeddings_name: of the token embeddings in the backbone's checkpoint; they are the LM head
             where it has no weights of its own.
         words_scale: see ``LabelWords``.
+        reads_sequences: whether the layout is needed also where all run alone.
     """
 
     is_pooling_model: ClassVar[bool] = True
     score_type: ClassVar[str] = "cross-encoder"  # /score and /rerank, where there is one label
-    # A composite must run whole, as an encoder's sequence must; see engine/model_config.py.
+    # A sequence runs whole unless a family knows better; see engine/model_config.py.
     attn_type: ClassVar[str] = "encoder_only"
     weights_mapper: ClassVar[WeightsMapper]
     lower: Any
@@ -66,6 +99,7 @@ class RevMuxForSequenceClassification(nn.Module, SupportsQuant, ABC):
     pooler: DispatchPooler
     embeddings_name: ClassVar[str] = ""
     words_scale = 1.0
+    reads_sequences = False
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
@@ -77,21 +111,21 @@ class RevMuxForSequenceClassification(nn.Module, SupportsQuant, ABC):
             tokenizer = AutoTokenizer.from_pretrained(model_config.tokenizer)
             self.word_tokens = label_tokens(tokenizer, self.revmux.label_words)
         self.num_layers = hf_config.num_hidden_layers
-        pools_first = family_of(hf_config.model_type).pools_first
+        self.hidden_size = hf_config.hidden_size
+        family = family_of(hf_config.model_type)
+        self.pools_first, self.has_kv_cache = family.pools_first, family.has_kv_cache
         self.upper_layer_names: list[str] = []
         for attention in self.build(vllm_config, self.revmux.prefill_layers):
             attention.attn_backend = composite_attention_backend(
-                attention.attn_backend, pools_first
+                attention.attn_backend, self.pools_first, self.reads_sequences
             )
             self.upper_layer_names.append(attention.layer_name)
+        most = vllm_config.compilation_config.max_cudagraph_capture_size or 0
+        self.upper_graphs = UpperGraphs(most, self.hidden_size)
         here = torch.empty(0)
         with torch.device("meta"):
             adapters = AdapterLadder(self.revmux, hf_config.hidden_size)
-        # Never narrower than they were trained, whatever the backbone is served in.
-        self.adapter_dtype = here.dtype
-        if vllm_config.load_config.load_format != "dummy":
-            stored = checkpoint.adapter_dtype(model_config.model)
-            self.adapter_dtype = torch.promote_types(stored, here.dtype)
+        self.adapter_dtype = adapter_dtype(vllm_config, self.revmux, here)
         self.adapters = adapters.to(self.adapter_dtype).to_empty(device=here.device)
         # Named, since vLLM passes over a file that a sharded backbone's index does not list.
         self.secondary_weights = [
@@ -148,73 +182,95 @@ class RevMuxForSequenceClassification(nn.Module, SupportsQuant, ABC):
         token_type_ids: Tensor | None = None,
     ) -> Tensor:
         """Hidden states (num_tokens, D); of a composite's member only the pooled row is set."""
-        clock.start()
-        layout = enter_upper_layers(self.upper_layer_names)
+        clock.start(input_ids.device)
+        layout = enter_upper_layers(self.upper_layer_names, self.upper_graphs.padded_size)
         self.set_token_type_ids(input_ids, token_type_ids, layout)
         hidden = self.run_lower(input_ids, positions, layout)
         clock.mark(LOWER)
-        if layout is None:
-            out = self.run_upper(hidden, positions, None)
+        if layout is None or not layout.rungs:
+            out = self.run_upper(hidden, positions, layout)
             clock.mark(UPPER)
             clock.finish(len(hidden), len(out))
             return out
+        # All that is read of the lower layers' states, before the upper layers run: the graphs of
+        # both trunks share their memory.
+        skip = self.skip_state(hidden, layout)  # (B, 2, D)
         out = hidden[:0]
         if layout.num_rows:  # not where all exit
             rows = self.multiplex(hidden, layout)
             clock.mark(MULTIPLEX)
             out = self.run_upper(rows, layout.positions, layout)
             clock.mark(UPPER)
-        result = self.demultiplex(out, hidden, layout)
+        result = self.demultiplex(out, skip, len(hidden), layout)
         clock.mark(DEMULTIPLEX)
-        clock.finish(len(hidden), len(out))
+        clock.finish(layout.num_tokens, len(out))
         return result
 
     def set_token_type_ids(
-        self, input_ids: Tensor, token_type_ids: Tensor | None, layout: MuxLayout | None
+        self, input_ids: Tensor, token_type_ids: Tensor | None, layout: Layout | None
     ) -> None:
         """Write into ``input_ids`` which text of a pair each token is of; here nothing is."""
 
-    def run_lower(self, input_ids: Tensor, positions: Tensor, layout: MuxLayout | None) -> Tensor:
+    def run_lower(self, input_ids: Tensor, positions: Tensor, layout: Layout | None) -> Tensor:
         """Tokens to prefill states (num_tokens, D); ``layout`` is None while vLLM profiles."""
         hidden: Tensor = self.lower(input_ids, positions)
         return hidden
 
-    def run_upper(self, rows: Tensor, positions: Tensor, layout: MuxLayout | None) -> Tensor:
+    def run_upper(self, rows: Tensor, positions: Tensor, layout: Layout | None) -> Tensor:
         """Upper rows (U, D) to final states (U, D)."""
-        out: Tensor = self.upper(rows, positions)
-        return out
+        own = layout is not None and bool(layout.rungs)
+        return self.upper_graphs.run(self.upper, rows, positions, own)
 
-    def multiplex(self, hidden: Tensor, layout: MuxLayout) -> Tensor:
+    def skip_state(self, hidden: Tensor, layout: Layout) -> Tensor:
+        """What the lower layers know of every sequence (B, 2, D): its pooled row, and the mean.
+
+        The mean is of float32 as the reference's is; in half precision the order would show. A bag
+        is summed in order, where atomic adds would give another sum every time.
+        """
+        tokens = torch.arange(layout.num_tokens, device=hidden.device)
+        mean = nn.functional.embedding_bag(
+            tokens, hidden.float(), layout.sequence_starts, mode="mean"
+        )
+        parts = [hidden[layout.pooled_token], mean]
+        return torch.stack([part.to(self.adapter_dtype) for part in parts], dim=1)
+
+    def multiplex(self, hidden: Tensor, layout: Layout) -> Tensor:
         """Token rows (num_tokens, D) to upper rows (U, D)."""
         parts = [hidden[layout.alone]]
-        padded = torch.cat([hidden, hidden.new_zeros(1, hidden.shape[-1])]).to(self.adapter_dtype)
+        converted = hidden.to(self.adapter_dtype)
         for part in layout.rungs:
-            adapter, source = self.adapters[part.rung], padded
+            adapter, source = self.adapters[part.rung], converted
             if part.tokens is not None and part.merged is not None:
-                source = adapter.merge(padded[part.tokens], part.merged)
-                if part.rung.mux > 1:  # where a member has ended, its row is the zero row
-                    source = torch.cat([source, padded[-1:]])
+                source = adapter.merge(converted[part.tokens], part.merged)
             rows, _ = adapter.multiplex(source[part.rows], part.present)
             parts.append(rows.to(hidden.dtype))
         return torch.cat(parts)
 
-    def demultiplex(self, out: Tensor, hidden: Tensor, layout: MuxLayout) -> Tensor:
-        """Upper rows (U, D) back to token rows (num_tokens, D), each at its owner's place."""
-        result = torch.zeros_like(hidden)
+    def demultiplex(self, out: Tensor, skip: Tensor, num_rows: int, layout: Layout) -> Tensor:
+        """Upper rows (U, D) back to token rows (num_rows, D), each at its owner's place."""
+        result = skip.new_zeros(num_rows, skip.shape[-1], dtype=out.dtype)
         result[layout.alone] = out[: len(layout.alone)]
-        if not layout.rungs:
-            return result
-        lengths = layout.sequence_lengths
-        # Summed in float32 as the reference does; in half precision the order would show.
-        total = torch.zeros(len(lengths), hidden.shape[-1], device=hidden.device)
-        total.index_add_(0, layout.sequence_of_token, hidden.float())
-        parts = [hidden[layout.pooled_token], total / lengths[:, None]]
-        skip = torch.stack([part.to(self.adapter_dtype) for part in parts], dim=1)  # (B, 2, D)
         for part in layout.rungs:
             read = None if part.read_at is None else out[part.read_at].to(self.adapter_dtype)
             vectors = self.adapters[part.rung].read(read, part.stream, skip[part.sequence])
-            result[layout.pooled_token[part.sequence]] = vectors.to(hidden.dtype)
+            result[part.pooled_token] = vectors.to(out.dtype)
         return result
+
+    @torch.inference_mode()
+    def warm_up_rungs(self) -> None:
+        """Run every rung's adapter once, so that no step pays for its kernels' first use."""
+        for rung in self.revmux.rungs:
+            starts = np.arange(rung.mux + 1) * WARM_UP_TOKENS
+            layout = make_layout([(rung, range(rung.mux))], starts, self.pools_first)
+            there: Layout = sent(layout, self.upper_graphs.rows.device)
+            hidden = self.upper_graphs.rows.new_zeros(int(starts[-1]), self.hidden_size)
+            skip = self.skip_state(hidden, there)
+            out = self.multiplex(hidden, there) if there.num_rows else hidden[:0]
+            self.demultiplex(out, skip, len(hidden), there)
+
+    def get_model_state_cls(self) -> type[Any]:
+        """Of vLLM's V2 model runner; see ``engine/model_state.py``."""
+        return model_state_class(self.has_kv_cache)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Backbone and adapters from one stream; the names decide which is which."""

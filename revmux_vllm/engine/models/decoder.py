@@ -80,6 +80,9 @@ def _layers(vllm_config: VllmConfig, layer_class: type[nn.Module], indices: rang
 class RevMuxDecoderForSequenceClassification(RevMuxForSequenceClassification):
     """Read at the last token by the backbone's ``score``, or by label words."""
 
+    # A prompt longer than a step runs in chunks, by itself; see engine/scheduler.py. Declared here
+    # and not in the base class: vLLM keeps what it reads off a class under its own file's hash.
+    attn_type: ClassVar[str] = "decoder"
     packed_modules_mapping: ClassVar[dict[str, list[str]]] = {
         "qkv_proj": ["q_proj", "k_proj", "v_proj"],
         "gate_up_proj": ["gate_proj", "up_proj"],

@@ -19,8 +19,11 @@ from vllm.model_executor.models.bert import (
 from vllm.model_executor.models.roberta import RobertaClassificationHead, RobertaEmbedding
 from vllm.model_executor.models.utils import WeightsMapper
 
-from revmux_vllm.engine.layout import MuxLayout
-from revmux_vllm.engine.models.base import RevMuxForSequenceClassification, classify_pooler
+from revmux_vllm.engine.models.base import (
+    Layout,
+    RevMuxForSequenceClassification,
+    classify_pooler,
+)
 
 
 @support_torch_compile
@@ -74,12 +77,17 @@ def _layers(vllm_config: VllmConfig, indices: range) -> nn.ModuleDict:
     )
 
 
-def pair_token_type_ids(input_ids: Tensor, separator: int, layout: MuxLayout) -> Tensor:
-    """Token types (num_tokens,) of pairs: 1 behind the first separator of a sequence, else 0."""
+def pair_token_type_ids(input_ids: Tensor, separator: int, layout: Layout) -> Tensor:
+    """Token types (num_rows,) of pairs: 1 behind the first separator of a sequence, else 0.
+
+    ``input_ids`` (num_rows,) may be padded behind the batch's tokens.
+    """
     is_separator = (input_ids == separator).int()
     before = is_separator.cumsum(0, dtype=torch.int32) - is_separator
-    starts = layout.sequence_lengths.cumsum(0) - layout.sequence_lengths
-    return (before > before[starts][layout.sequence_of_token]).int()
+    at_start = before[layout.sequence_starts][layout.sequence_of_token]
+    types = torch.zeros_like(is_separator)
+    types[: layout.num_tokens] = (before[: layout.num_tokens] > at_start).int()
+    return types
 
 
 class RevMuxBertForSequenceClassification(RevMuxForSequenceClassification):
@@ -99,6 +107,7 @@ class RevMuxBertForSequenceClassification(RevMuxForSequenceClassification):
             tokenizer = AutoTokenizer.from_pretrained(model_config.tokenizer)
             if "token_type_ids" in tokenizer.model_input_names:
                 self.separator = tokenizer.sep_token_id
+                self.reads_sequences = True
                 assert self.separator is not None, "token types, and no separator between texts"
         with set_model_tag("revmux_lower"):
             self.lower = LowerTrunk(
@@ -123,7 +132,7 @@ class RevMuxBertForSequenceClassification(RevMuxForSequenceClassification):
         self.pooler = classify_pooler(vllm_config, self.classifier, self.first_token)
 
     def set_token_type_ids(
-        self, input_ids: Tensor, token_type_ids: Tensor | None, layout: MuxLayout | None
+        self, input_ids: Tensor, token_type_ids: Tensor | None, layout: Layout | None
     ) -> None:
         """They ride in a high bit of the ids, as vLLM's own BERT has it."""
         if self.separator is not None and layout is not None:

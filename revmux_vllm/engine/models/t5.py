@@ -9,8 +9,10 @@ stands in the model, unused, because the step's layout comes with attention meta
 import copy
 import re
 from collections.abc import Callable, Iterable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Generic
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import T5ForConditionalGeneration
@@ -19,11 +21,12 @@ from vllm.model_executor.layers.attention import EncoderOnlyAttention
 from vllm.model_executor.models.utils import WeightsMapper
 
 from revmux_vllm import checkpoint
-from revmux_vllm.backbones.base import batches_by_length, inside
+from revmux_vllm.backbones.base import batches_by_length
 from revmux_vllm.backbones.loading import output_scale
 from revmux_vllm.backbones.t5 import T5Backbone
-from revmux_vllm.engine.layout import MuxLayout
-from revmux_vllm.engine.models.base import RevMuxForSequenceClassification
+from revmux_vllm.engine.layout import A
+from revmux_vllm.engine.models.base import Layout, RevMuxForSequenceClassification
+from revmux_vllm.engine.transfer import sent
 
 TOKENS_PER_BATCH = 8192
 
@@ -32,6 +35,7 @@ class RevMuxT5ForSequenceClassification(RevMuxForSequenceClassification):
     """Read at the decoder's only position, by label words."""
 
     embeddings_name = "shared.weight"
+    reads_sequences = True
     weights_mapper = WeightsMapper()
 
     def build(self, vllm_config: VllmConfig, prefill_layers: int) -> list[Any]:
@@ -62,44 +66,66 @@ class RevMuxT5ForSequenceClassification(RevMuxForSequenceClassification):
         embedded: Tensor = self.t5.shared(input_ids)
         return embedded
 
-    def run_lower(self, input_ids: Tensor, positions: Tensor, layout: MuxLayout | None) -> Tensor:
+    def run_lower(self, input_ids: Tensor, positions: Tensor, layout: Layout | None) -> Tensor:
         (cut,) = self._cut
-        lengths = _some_lengths(input_ids) if layout is None else layout.sequence_lengths.cpu()
+        lengths = _some_lengths(input_ids) if layout is None else layout.host_sequence_lengths
         return _by_length(cut.lower, input_ids, lengths)
 
-    def run_upper(self, rows: Tensor, positions: Tensor, layout: MuxLayout | None) -> Tensor:
+    def run_upper(self, rows: Tensor, positions: Tensor, layout: Layout | None) -> Tensor:
         (cut,) = self._cut
 
         def decided(padded: Tensor, lengths: Tensor) -> Tensor:
             return cut.upper(padded, lengths).expand(-1, padded.shape[1], -1)
 
-        lengths = _some_lengths(rows) if layout is None else layout.starts.diff()
+        lengths = _some_lengths(rows) if layout is None else np.diff(layout.host_starts)
         return _by_length(decided, rows, lengths)
 
 
-def _some_lengths(rows: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class _Batch(Generic[A]):
+    """Sequences that are padded together to b times T.
+
+    Attributes:
+        index: (b, T) row of every token; of padding the first of its sequence.
+        lengths: (b,) of the sequences.
+        rows: (n,) rows of all their tokens.
+        places: (n,) of those tokens among the b times T.
+    """
+
+    index: A
+    lengths: A
+    rows: A
+    places: A
+
+
+def _some_lengths(rows: Tensor) -> np.ndarray:
     """For profiling, which has no sequences."""
-    return torch.arange(len(rows)).div(64, rounding_mode="floor").bincount()
+    return np.bincount(np.arange(len(rows)) // 64)
 
 
-def _by_length(run: Callable[[Tensor, Tensor], Tensor], rows: Tensor, lengths: Tensor) -> Tensor:
+def _by_length(
+    run: Callable[[Tensor, Tensor], Tensor], rows: Tensor, lengths: np.ndarray
+) -> Tensor:
     """``run`` over sequences that lie one after the other in ``rows``, padded in batches.
 
     Args:
-        run: padded rows (B, T, ...) and lengths (B,) to (B, T, D).
-        rows: (total rows, ...).
-        lengths: (B,) on the CPU.
+        run: padded rows (b, T, ...) and lengths (b,) to (b, T, D).
+        rows: (total rows, ...); what lies behind the sequences is padding, and comes back as zeros.
+        lengths: (B,), none of them 0.
     """
-    starts = lengths.cumsum(0) - lengths
+    starts = np.cumsum(lengths) - lengths
+    batches = []
+    for chosen in batches_by_length(torch.from_numpy(lengths), TOKENS_PER_BATCH):
+        own, first = lengths[chosen.numpy()], starts[chosen.numpy()][:, None]
+        place = np.arange(own.max())
+        there = place < own[:, None]  # (b, T)
+        index = first + np.where(there, place, 0)
+        batches.append(_Batch(index, own, index[there], np.flatnonzero(there)))
     result: Tensor | None = None
-    for batch in batches_by_length(lengths, TOKENS_PER_BATCH):
-        own = lengths[batch]
-        there = inside(own, int(own.max()))  # (b, T)
-        index = (starts[batch, None] + torch.arange(there.shape[1])) * there
-        index, there = index.to(rows.device), there.to(rows.device)
-        out = run(rows[index], own.to(rows.device))
+    for batch in sent(tuple(batches), rows.device):
+        out = run(rows[batch.index], batch.lengths).flatten(0, 1)
         if result is None:
             result = out.new_zeros(len(rows), out.shape[-1])
-        result[index[there]] = out[there]
+        result[batch.rows] = out[batch.places]
     assert result is not None
     return result
