@@ -5,6 +5,11 @@ them is vLLM's ``SchedulerStats``, a fixed set of fields. ``waiting_lora_adapter
 mapping among them and means something only with ``--enable-lora``, which RevMUX refuses; so the
 counts ride there, whole numbers all of them. The contract test fails when vLLM offers a better
 place.
+
+With several API servers each gets the statistics of some steps, every step's goes to one of them
+(v1/core/sched/scheduler.py, ``update_from_output``). Prometheus adds up their counters, and of a
+gauge takes what was set last (``mostrecent``, as vLLM's own gauges do). A line in the log could
+speak of one server's share only, so there is none, as there is none of vLLM's.
 """
 
 from collections import Counter
@@ -45,49 +50,57 @@ def take_counts(stats: SchedulerStats) -> Counts:
     return counts
 
 
+def _counters(by: list[str]) -> dict[str, prometheus.Counter]:
+    """By the kind of a count; ``by`` names the labels that all have."""
+    return {
+        "requests": prometheus.Counter(
+            "revmux:requests",
+            "Requests by the rung they ran at; alone is the backbone.",
+            [*by, "rung"],
+        ),
+        "composites": prometheus.Counter(
+            "revmux:composites",
+            "Sequences that the upper layers ran on, by rung: a composite is one.",
+            [*by, "rung"],
+        ),
+        "fallbacks": prometheus.Counter(
+            "revmux:fallbacks",
+            "Requests that ran alone, by reason: light_load, no_partner, isolation, exact, policy.",
+            [*by, "reason"],
+        ),
+        "composite_slots": prometheus.Counter(
+            "revmux:composite_slots",
+            "Rows of composites times their streams; over composite_tokens, less one, it is "
+            "the padding waste.",
+            by,
+        ),
+        "composite_tokens": prometheus.Counter(
+            "revmux:composite_tokens", "Tokens of the members of composites.", by
+        ),
+        "arrived_tokens": prometheus.Counter(
+            "revmux:arrived_tokens", "Tokens of the requests that arrived.", by
+        ),
+    }
+
+
 class _Metrics:
     """Prometheus' own objects, made once in a process."""
 
     def __init__(self) -> None:
         by = ["model_name", "engine"]  # and then the label of a count, if it has one
-        self.counters = {
-            "requests": prometheus.Counter(
-                "revmux:requests",
-                "Requests by the rung they ran at; alone is the backbone.",
-                [*by, "rung"],
-            ),
-            "composites": prometheus.Counter(
-                "revmux:composites",
-                "Sequences that the upper layers ran on, by rung: a composite is one.",
-                [*by, "rung"],
-            ),
-            "fallbacks": prometheus.Counter(
-                "revmux:fallbacks",
-                "Requests that ran alone, by reason: light_load, no_partner, isolation, exact, "
-                "policy.",
-                [*by, "reason"],
-            ),
-            "composite_slots": prometheus.Counter(
-                "revmux:composite_slots",
-                "Rows of composites times their streams; over composite_tokens, less one, it is "
-                "the padding waste.",
-                by,
-            ),
-            "composite_tokens": prometheus.Counter(
-                "revmux:composite_tokens", "Tokens of the members of composites.", by
-            ),
-            "arrived_tokens": prometheus.Counter(
-                "revmux:arrived_tokens", "Tokens of the requests that arrived.", by
-            ),
-        }
+        self.counters = _counters(by)
         self.waiting_tokens = prometheus.Gauge(
-            "revmux:waiting_tokens", "Tokens of the requests that wait, after the last step.", by
+            "revmux:waiting_tokens",
+            "Tokens of the requests that wait, after the last step.",
+            by,
+            multiprocess_mode="mostrecent",
         )
         self.capacity = prometheus.Gauge(
             "revmux:capacity_tokens_per_second",
             "Estimate of what full steps answer: at the rung in use (in_use), and at the cheapest "
             "that the policy may take (widest).",
             [*by, "at"],
+            multiprocess_mode="mostrecent",
         )
         self.step_seconds = prometheus.Histogram(
             "revmux:step_seconds",
@@ -108,7 +121,7 @@ class _Metrics:
 
 
 class RevMuxStatLogger(StatLoggerBase):
-    """Plugin of group ``vllm.stat_logger_plugins``; silent for other models."""
+    """Found by vLLM where ``stat_logger_entry.py`` offers it; silent for other models."""
 
     _metrics: _Metrics | None = None
 
@@ -118,18 +131,34 @@ class RevMuxStatLogger(StatLoggerBase):
             "engine": str(engine_index),
         }
         self.since_log: Counts = Counter()
-        if hasattr(vllm_config.model_config.hf_config, "revmux") and not RevMuxStatLogger._metrics:
+        self.sees_every_step = vllm_config.parallel_config._api_process_count == 1
+        self.is_ours = hasattr(vllm_config.model_config.hf_config, "revmux")
+        if self.is_ours and not RevMuxStatLogger._metrics:
             RevMuxStatLogger._metrics = _Metrics()
-        if metrics := self._metrics:
-            names = ("composite_slots", "composite_tokens", "arrived_tokens")
-            plain = [metrics.counters[name] for name in names]
-            for metric in (
-                *plain,
-                metrics.linger_seconds,
-                metrics.backbone_seconds,
-                metrics.waiting_tokens,
-            ):
-                metric.labels(**self.labels)  # so that they are there, at zero, from the start
+        self.is_shown = False
+        if self.sees_every_step:
+            self._show()
+
+    def _show(self) -> None:
+        """Let all metrics without a label of their own be there, at zero, before they count.
+
+        With several API servers not before the engine's first statistics: under
+        ``--disable-log-stats`` it then sends none (entrypoints/cli/serve.py,
+        ``run_multi_api_server``), and zeros would say that nothing runs.
+        """
+        metrics = self._metrics
+        if self.is_shown or not self.is_ours or metrics is None:
+            return
+        self.is_shown = True
+        names = ("composite_slots", "composite_tokens", "arrived_tokens")
+        plain = [metrics.counters[name] for name in names]
+        for metric in (
+            *plain,
+            metrics.linger_seconds,
+            metrics.backbone_seconds,
+            metrics.waiting_tokens,
+        ):
+            metric.labels(**self.labels)
 
     def record(
         self,
@@ -139,8 +168,9 @@ class RevMuxStatLogger(StatLoggerBase):
         **kwargs: Any,
     ) -> None:
         """Count what the last step did."""
-        if self._metrics is None or scheduler_stats is None:
+        if self._metrics is None or not self.is_ours or scheduler_stats is None:
             return
+        self._show()
         counts = take_counts(scheduler_stats)
         self.since_log += counts
         for (kind, label), n in counts.items():
@@ -171,7 +201,7 @@ class RevMuxStatLogger(StatLoggerBase):
 
     def log(self) -> None:
         """One line beside vLLM's own, for the interval since the last; none where nothing ran."""
-        if line := summary(self.since_log):
+        if self.sees_every_step and (line := summary(self.since_log)):
             logger.info("Engine %03d: RevMUX: %s", int(self.labels["engine"]), line)
         self.since_log.clear()
 

@@ -18,6 +18,7 @@ from revmux_vllm.engine.graphs import choose_capture_sizes
 from revmux_vllm.engine.kv_cache import size_kv_cache
 from revmux_vllm.engine.platform import native_dtype
 from revmux_vllm.engine.refusals import refuse_impossible_options
+from revmux_vllm.engine.stat_logger_entry import offer_stat_logger
 from revmux_vllm.families import family_of
 from revmux_vllm.planning.options import read_options
 
@@ -47,6 +48,7 @@ class RevMuxModelConfig(VerifyAndUpdateConfig):
             checkpoint.validate(vllm_config.model_config.model)
         vllm_config.scheduler_config.scheduler_cls = "revmux_vllm.engine.scheduler.RevMuxScheduler"
         vllm_config.parallel_config.worker_cls = "revmux_vllm.engine.worker.RevMuxWorker"
+        offer_stat_logger()
         choose_capture_sizes(vllm_config)
         _keep_no_prefixes(vllm_config)
         _cap_length(vllm_config)

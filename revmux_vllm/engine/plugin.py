@@ -5,9 +5,8 @@ would stop them all: so it imports nothing heavy, and leaves all checks to ``Rev
 which vLLM calls only for our architectures.
 """
 
+from revmux_vllm.engine.version import SUPPORTED_VLLM
 from revmux_vllm.families import FAMILIES, FLOAT16
-
-SUPPORTED_VLLM = "0.32"
 
 
 def register() -> None:

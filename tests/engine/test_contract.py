@@ -59,10 +59,10 @@ def test_overridden_signatures() -> None:
     ]
 
 
-def test_our_scheduler_output_adds_one_field() -> None:
+def test_our_scheduler_output_adds_three_fields() -> None:
     theirs = {field.name for field in dataclasses.fields(SchedulerOutput)}
     ours = {field.name for field in dataclasses.fields(RevMuxSchedulerOutput)}
-    assert ours - theirs == {"mux_plan"}
+    assert ours - theirs == {"mux_plan", "began_s", "has_chunks"}
 
 
 def test_every_per_sequence_field_of_the_metadata_is_known() -> None:
@@ -124,7 +124,10 @@ def test_every_row_of_the_families_holds_for_vllm(family: Family) -> None:
     from vllm.config import model as vllm_model_config
     from vllm.model_executor.models import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
-    from vllm.model_executor.models.interfaces_base import get_default_seq_pooling_type
+    from vllm.model_executor.models.interfaces_base import (
+        get_attn_type,
+        get_default_seq_pooling_type,
+    )
 
     plugin.register()
     assert FAMILIES[family.model_type] is family
@@ -135,6 +138,8 @@ def test_every_row_of_the_families_holds_for_vllm(family: Family) -> None:
     assert issubclass(engine_model, RevMuxForSequenceClassification)
     assert not inspect.isabstract(engine_model)
     assert get_default_seq_pooling_type(engine_model) == ("CLS" if family.pools_first else "LAST")
+    # vLLM cuts long prompts of a decoder into chunks; what sees all its tokens must run whole.
+    assert get_attn_type(engine_model) == ("decoder" if family.has_kv_cache else "encoder_only")
     refused = vllm_model_config._FLOAT16_NOT_SUPPORTED_MODELS.get(family.model_type)
     assert FLOAT16 not in family.refuses or refused == family.refuses[FLOAT16]
     backbone = family.load_backbone_class()

@@ -1,31 +1,63 @@
 """Options that cannot work are refused by name before any engine process starts."""
 
 import json
+import logging
+import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import make_tiny_checkpoint
-from vllm.config import PoolerConfig
+from vllm.config import ECTransferConfig, KVTransferConfig, PoolerConfig
 from vllm.engine.arg_utils import EngineArgs
+
+from revmux_vllm.engine import version
+from revmux_vllm.engine.model_config import RevMuxModelConfig
 
 
 def configure(model: Path, **options: Any) -> Any:
     return EngineArgs(model=str(model), dtype="float32", **options).create_engine_config()
 
 
+class Scheduler:
+    """Somebody else's."""
+
+
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"enable_chunked_prefill": True}, "--enable-chunked-prefill"),
-        ({"enable_prefix_caching": True}, "--enable-prefix-caching"),
         ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size 2"),
         ({"runner": "generate"}, "--runner generate"),
         ({"enable_lora": True}, "--enable-lora"),
         ({"pooler_config": PoolerConfig(pooling_type="MEAN")}, "--pooler-config pooling_type MEAN"),
         ({"additional_config": {"revmux": None}}, "--additional-config revmux: expected an object"),
+        (
+            {"kv_transfer_config": KVTransferConfig("ExampleConnector", kv_role="kv_both")},
+            "--kv-transfer-config ExampleConnector",
+        ),
+        ({"kv_offloading_size": 0.5}, "--kv-offloading-size 0.5"),
+        (
+            {"ec_transfer_config": ECTransferConfig("ECExampleConnector", ec_role="ec_both")},
+            "--ec-transfer-config ECExampleConnector",
+        ),
+        ({"enable_dbo": True}, "--enable-dbo"),
+        ({"ubatch_size": 2}, "--ubatch-size 2"),
+        (
+            {"compilation_config": {"use_inductor_graph_partition": True}},
+            "-cc.use_inductor_graph_partition",
+        ),
+        (
+            {"tensor_parallel_size": 2, "decode_context_parallel_size": 2},
+            "--decode-context-parallel-size 2",
+        ),
+        ({"prefill_context_parallel_size": 2}, "--prefill-context-parallel-size 2"),
+        ({"long_prefill_token_threshold": 64}, "--long-prefill-token-threshold 64"),
+        ({"scheduler_cls": "mine.Scheduler"}, "--scheduler-cls mine.Scheduler"),
+        ({"scheduler_cls": Scheduler}, "--scheduler-cls .*test_options.Scheduler"),
+        ({"worker_cls": "mine.Worker"}, "--worker-cls mine.Worker"),
     ],
 )
 def test_refused_by_name_with_the_cure(
@@ -33,6 +65,50 @@ def test_refused_by_name_with_the_cure(
 ) -> None:
     with pytest.raises(ValueError, match=named):
         configure(tiny_checkpoint, **options)
+
+
+@pytest.mark.parametrize("family", ["roberta", "t5"])
+def test_what_must_run_whole_is_not_cut(tmp_path: Path, family: str) -> None:
+    words = ("w8", "w7", "w6") if family == "t5" else None
+    folder = make_tiny_checkpoint(tmp_path, family=family, label_words=words)
+    with pytest.raises(ValueError, match=rf"--enable-chunked-prefill: every token of a {family}"):
+        configure(folder, enable_chunked_prefill=True)
+    with pytest.raises(ValueError, match=rf"--enable-prefix-caching: {family} keeps no"):
+        configure(folder, enable_prefix_caching=True)
+
+
+def test_what_the_hook_sets_itself_is_not_refused(tiny_checkpoint: Path) -> None:
+    """Nor is what an earlier run of it has set, nor vLLM's own scheduler named at length."""
+    config = configure(tiny_checkpoint, scheduler_cls="vllm.v1.core.sched.scheduler.Scheduler")
+    RevMuxModelConfig.verify_and_update_config(config)
+    assert config.scheduler_config.get_scheduler_cls().__name__ == "RevMuxScheduler"
+
+
+@pytest.fixture
+def warnings() -> Iterator[list[str]]:
+    """What RevMUX warns of; vLLM's loggers hand nothing on to pytest's."""
+    seen: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: seen.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("vllm.revmux")
+    logger.addHandler(handler)
+    yield seen
+    logger.removeHandler(handler)
+
+
+def test_another_vllm_is_warned_of_once_and_by_one_process(
+    tiny_checkpoint: Path, warnings: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configure(tiny_checkpoint)
+    assert warnings == [], "this vLLM is supported"
+    monkeypatch.setattr(version, "SUPPORTED_VLLM", "0.3")
+    for rank in (0, 1):
+        configure(tiny_checkpoint, _api_process_count=2, _api_process_rank=rank)
+    assert warnings == [], "their parent warns"
+    configure(tiny_checkpoint, _api_process_count=2, _api_process_rank=-1)
+    configure(tiny_checkpoint)
+    assert len(warnings) == 1, warnings
+    assert re.search(r"vLLM 0\.32\.\d+, .* made for 0\.3;.* vllm==0\.3\.\*", warnings[0])
 
 
 def test_roberta_takes_as_many_tokens_as_it_has_positions_for(tmp_path: Path) -> None:
@@ -63,13 +139,14 @@ def test_layers_of_several_kinds_are_refused(tmp_path: Path) -> None:
 
 
 def test_no_flags_are_needed(tiny_checkpoint: Path) -> None:
-    config = configure(tiny_checkpoint)
-    assert not config.scheduler_config.enable_chunked_prefill
-    assert not config.cache_config.enable_prefix_caching
-    assert config.scheduler_config.get_scheduler_cls().__name__ == "RevMuxScheduler"
-    assert config.parallel_config.worker_cls.endswith("RevMuxWorker")
-    assert not config.use_v2_model_runner, "engine/model_config.py chooses V1 by environment"
-    assert 0 < config.cache_config.kv_cache_memory_bytes < 1 << 30
+    """A decoder takes steps as long as plain vLLM's; prefixes are not cached, asked for or not."""
+    for options in ({}, {"enable_prefix_caching": True}):
+        config = configure(tiny_checkpoint, **options)
+        assert config.scheduler_config.enable_chunked_prefill
+        assert not config.cache_config.enable_prefix_caching
+        assert config.scheduler_config.get_scheduler_cls().__name__ == "RevMuxScheduler"
+        assert config.parallel_config.worker_cls.endswith("RevMuxWorker")
+        assert 0 < config.cache_config.kv_cache_memory_bytes < 1 << 30
 
 
 def test_a_broken_checkpoint_is_refused_before_the_engine_starts(

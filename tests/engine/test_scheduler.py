@@ -1,12 +1,11 @@
 """vLLM's real scheduler with our plan, whatever happens in whatever order; the model is faked."""
 
 import time
-from collections import Counter
+from collections import Counter, deque
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
-import torch
 from conftest import make_tiny_checkpoint
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -19,83 +18,32 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 from lone_scheduler import lone_scheduler
-from vllm import PoolingParams
+from stepping import (
+    LONGER,
+    LONGER_BLOCKS,
+    LONGEST,
+    MAX_REQUESTS,
+    MAX_TOKENS,
+    NUM_BLOCKS,
+    drain,
+    request,
+    run_model,
+    step,
+    vllm_config,
+)
 from vllm.config import VllmConfig
-from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.core.sched.interface import PauseState
-from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from revmux_vllm.engine.metrics import summary, take_counts
-from revmux_vllm.engine.scheduler import RevMuxScheduler
-from revmux_vllm.engine.stages import LOWER, UPPER, StepTimes
 from revmux_vllm.rungs import Rung
-
-MAX_TOKENS, MAX_REQUESTS, LONGEST, NUM_BLOCKS = 128, 12, 64, 100
-
-
-def vllm_config(folder: Path, priority: bool = False, **options: Any) -> VllmConfig:
-    return EngineArgs(
-        model=str(folder),
-        dtype="float32",
-        max_model_len=LONGEST,
-        max_num_batched_tokens=MAX_TOKENS,
-        max_num_seqs=MAX_REQUESTS,
-        scheduling_policy="priority" if priority else "fcfs",
-        additional_config={"revmux": options},
-    ).create_engine_config()
-
-
-def request(name: str, length: int, salt: str | None = None, priority: int = 0) -> Request:
-    return Request(
-        request_id=name,
-        prompt_token_ids=[7] * length,
-        sampling_params=None,
-        pooling_params=PoolingParams(task="classify"),
-        cache_salt=salt,
-        priority=priority,
-        arrival_time=time.time(),
-    )
-
-
-def run_model(output: Any, seconds_per_row: float = 1e-4) -> ModelRunnerOutput:
-    """What the worker would answer: to every request its own name, in numbers."""
-    names = list(output.num_scheduled_tokens)
-    answer = ModelRunnerOutput(
-        req_ids=names,
-        req_id_to_index={name: i for i, name in enumerate(names)},
-        pooler_output=[torch.tensor([float(name)]) for name in names],
-    )
-    tokens = output.total_num_scheduled_tokens
-    if tokens:
-        rows = sum(output.num_scheduled_tokens[group[0]] for group in output.mux_plan.groups)
-        seconds = {LOWER: tokens * seconds_per_row, UPPER: 3 * rows * seconds_per_row}
-        answer.revmux_times = [StepTimes(tokens, rows, seconds)]  # type: ignore[attr-defined]
-    return answer
-
-
-def step(scheduler: RevMuxScheduler) -> tuple[Any, dict[str, float]]:
-    """One step: its plan, and the answers."""
-    output: Any = scheduler.schedule()
-    outputs = scheduler.update_from_output(output, run_model(output))
-    answers = {
-        answer.request_id: answer.pooling_output.item()
-        for batch in outputs.values()
-        for answer in batch.outputs
-    }
-    return output.mux_plan, answers
-
-
-def drain(scheduler: RevMuxScheduler) -> list[Any]:
-    plans = []
-    while scheduler.has_unfinished_requests():
-        plans.append(step(scheduler)[0])
-        assert plans[-1].groups, "idle while requests wait"
-    return plans
 
 
 class Traffic(RuleBasedStateMachine):
-    """Requests arrive, are aborted, preempted and answered; the engine steps, sleeps and wakes."""
+    """Requests arrive, are aborted, preempted and answered; the engine steps, sleeps and wakes.
+
+    Two steps may be in flight, as under asynchronous scheduling.
+    """
 
     folder: Path
     configs: ClassVar[dict[Any, VllmConfig]] = {}
@@ -110,16 +58,20 @@ class Traffic(RuleBasedStateMachine):
                 {"policy": "off"},
             ]
         ),
-        num_blocks=st.sampled_from([6, 10, 100]),
+        num_blocks=st.sampled_from([6, 10, LONGER_BLOCKS, 100]),
         priority=st.booleans(),
+        most_in_flight=st.sampled_from([1, 2]),
     )
-    def start(self, options: dict[str, Any], num_blocks: int, priority: bool) -> None:
+    def start(
+        self, options: dict[str, Any], num_blocks: int, priority: bool, most_in_flight: int
+    ) -> None:
         self.isolate = options.get("isolate", False)
         key = priority, *options.items()
         if key not in self.configs:  # making one takes longer than an example
             self.configs[key] = vllm_config(self.folder, priority, **options)
         self.scheduler = lone_scheduler(self.configs[key], num_blocks)
-        self.flying: Any = None
+        self.num_blocks, self.most_in_flight = num_blocks, most_in_flight
+        self.flying: deque[Any] = deque()
         self.known: dict[str, Request] = {}
         self.aborted: set[str] = set()
         self.answered: Counter[str] = Counter()
@@ -129,26 +81,34 @@ class Traffic(RuleBasedStateMachine):
         lengths=st.lists(st.integers(1, LONGEST), min_size=1, max_size=12),
         salt=st.sampled_from([None, None, "a", "b", "exact", "exact:a"]),
         priority=st.integers(0, 2),
+        is_longer=st.booleans(),
     )
-    def arrive(self, lengths: list[int], salt: str | None, priority: int) -> None:
+    def arrive(self, lengths: list[int], salt: str | None, priority: int, is_longer: bool) -> None:
+        if is_longer and self.num_blocks >= LONGER_BLOCKS:
+            lengths = [*lengths, LONGER]
         for length in lengths:
             name = str(len(self.known))
             self.known[name] = request(name, length, salt, priority)
             self.scheduler.add_request(self.known[name])
 
-    @precondition(lambda self: self.flying is None)
+    @precondition(lambda self: len(self.flying) < self.most_in_flight)
     @rule()
     def schedule(self) -> None:
-        self.flying = output = self.scheduler.schedule()
+        output: Any = self.scheduler.schedule()
         scheduled = output.num_scheduled_tokens
-        assert scheduled or not self.scheduler.has_unfinished_requests(), "idle, requests wait"
+        may_wait = self.flying or not self.scheduler.has_unfinished_requests()
+        assert scheduled or may_wait, "idle, requests wait"
+        self.flying.append(output)
         assert sum(scheduled.values()) <= MAX_TOKENS
         assert len(scheduled) <= MAX_REQUESTS
         members = [name for group in output.mux_plan.groups for name in group]
         assert sorted(members) == sorted(scheduled), "every member once, nobody else"
         for rung, group in zip(output.mux_plan.rungs, output.mux_plan.groups, strict=True):
             requests = [self.known[name] for name in group]
-            assert all(scheduled[r.request_id] == r.num_tokens for r in requests), "whole"
+            if any(scheduled[r.request_id] < r.num_tokens for r in requests):
+                assert output.has_chunks
+                assert output.mux_plan.all_alone
+                assert len(scheduled) == 1, "nobody beside a chunk"
             assert requests[0].num_tokens == max(r.num_tokens for r in requests)
             salts = {r.cache_salt for r in requests}
             assert len(salts) == 1, "isolation"
@@ -157,10 +117,11 @@ class Traffic(RuleBasedStateMachine):
             if self.isolate and salts == {None}:
                 assert rung.mux == 1
 
-    @precondition(lambda self: self.flying is not None)
+    @precondition(lambda self: self.flying)
     @rule()
     def update(self) -> None:
-        outputs = self.scheduler.update_from_output(self.flying, run_model(self.flying))
+        output = self.flying.popleft()
+        outputs = self.scheduler.update_from_output(output, run_model(output, self.known))
         for batch in outputs.values():
             for answer in batch.outputs:
                 assert answer.pooling_output.item() == float(answer.request_id), "its own answer"
@@ -168,7 +129,6 @@ class Traffic(RuleBasedStateMachine):
             if batch.scheduler_stats:
                 for (kind, rung), n in take_counts(batch.scheduler_stats).items():
                     self.by_rung[rung] += n if kind == "requests" else 0
-        self.flying = None
 
     @precondition(lambda self: self.known)
     @rule(data=st.data())
@@ -180,11 +140,11 @@ class Traffic(RuleBasedStateMachine):
     @rule()
     def sleep_and_wake(self) -> None:
         self.scheduler.set_pause_state(PauseState.PAUSED_ALL)
-        if self.flying is None:
+        if not self.flying:
             assert not self.scheduler.schedule().num_scheduled_tokens
         self.scheduler.set_pause_state(PauseState.UNPAUSED)
 
-    @precondition(lambda self: self.flying is not None)
+    @precondition(lambda self: self.flying)
     @rule()
     def preempt(self) -> None:
         """As for lack of pages: what runs returns to the queue, and its output is void."""
@@ -199,10 +159,11 @@ class Traffic(RuleBasedStateMachine):
     def teardown(self) -> None:
         if not hasattr(self, "scheduler"):
             return
-        while self.flying is not None or self.scheduler.has_unfinished_requests():
-            if self.flying is None:
+        while self.flying or self.scheduler.has_unfinished_requests():
+            if len(self.flying) < self.most_in_flight and self.scheduler.has_unfinished_requests():
                 self.schedule()
-            self.update()
+            else:
+                self.update()
         assert set(self.answered) == set(self.known) - self.aborted, "none is lost"
         assert not self.scheduler.requests
         assert not self.scheduler.waiting
@@ -227,7 +188,7 @@ def test_width_follows_the_load(folder: Path) -> None:
         vllm_config(folder, rungs=["mux:2", "mux:4"], target_ms=100), NUM_BLOCKS
     )
     scheduler.add_request(request("0", 8))
-    assert [str(rung) for rung in step(scheduler)[0].rungs] == ["alone"], "the first is measured"
+    assert [str(rung) for rung in step(scheduler)[0].rungs] == ["alone"]
     scheduler.add_request(request("1", 8))
     scheduler.add_request(request("2", 8))
     assert [str(rung) for rung in step(scheduler)[0].rungs] == ["alone", "alone"]
@@ -291,7 +252,7 @@ def test_what_is_counted(folder: Path) -> None:
     ):
         scheduler.add_request(request(str(i), length, salt))
     output: Any = scheduler.schedule()
-    batches = scheduler.update_from_output(output, run_model(output))
+    batches = scheduler.update_from_output(output, run_model(output, scheduler.requests))
     counts = take_counts(next(iter(batches.values())).scheduler_stats)
     times = {label: n for (kind, label), n in counts.items() if kind == "us"}
     assert set(times) == {"plan", "lower", "upper", "step", "backbone"}
@@ -314,6 +275,48 @@ def test_what_is_counted(folder: Path) -> None:
     line = summary(counts)
     assert line.startswith("7 requests, alone 43%, mux:4 57%, padding 5.9%, ")
     assert summary(Counter()) == ""
+
+
+def test_steps_without_times_are_said_once_and_still_multiplex(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As where the worker's times do not arrive; times that come later count."""
+    scheduler = lone_scheduler(vllm_config(folder, rungs=["mux:2", "mux:4"]), NUM_BLOCKS)
+    for i in range(600):
+        scheduler.add_request(request(str(i), 8))
+    steps, rungs = 0, set()
+    while scheduler.has_unfinished_requests():
+        output: Any = scheduler.schedule()
+        rungs |= set(map(str, output.mux_plan.rungs))
+        answer = run_model(output, scheduler.requests, is_timed=False)
+        scheduler.update_from_output(output, answer)
+        steps += 1
+    assert steps == 600 / MAX_REQUESTS
+    assert "mux:4" in rungs
+    warnings = [each for each in caplog.records if "without the times" in each.getMessage()]
+    assert len(warnings) == 1
+    assert not scheduler.planner.costs.known
+    scheduler.add_request(request("600", 8))
+    step(scheduler)
+    assert scheduler.planner.costs.known
+
+
+def test_steps_that_overlap_keep_their_own_clocks(folder: Path) -> None:
+    scheduler = lone_scheduler(vllm_config(folder, policy="fixed:4"), NUM_BLOCKS)
+    began, flying, steps_s = time.monotonic(), deque[Any](), []
+    for i in range(3):
+        scheduler.add_request(request(str(i), 8))
+        flying.append(scheduler.schedule())
+        if len(flying) == 2:
+            time.sleep(0.02)
+            output = flying.popleft()
+            outputs = scheduler.update_from_output(output, run_model(output, scheduler.requests))
+            counts = take_counts(next(iter(outputs.values())).scheduler_stats)
+            steps_s.append(counts["us", "step"] / 1e6)
+    elapsed = time.monotonic() - began
+    assert len(steps_s) == 2
+    assert all(seconds >= 0.02 for seconds in steps_s)
+    assert sum(steps_s) <= elapsed, "no time is counted twice"
 
 
 def test_memory_for_few_requests_only_slows(folder: Path) -> None:
