@@ -62,10 +62,11 @@ def fit_kv_cache(vllm_config: "VllmConfig", specs: Mapping[str, Any]) -> None:
     if specs and getattr(cache, _OURS, False):
         cache.kv_cache_memory_bytes = needed_bytes(vllm_config, specs)
         logger.info(
-            "RevMUX: KV cache of %.0f MiB, for %d tokens of at most %d sequences",
+            "RevMUX: KV cache of %.0f MiB, for %d tokens of at most %d sequences, or %d of one",
             cache.kv_cache_memory_bytes / 2**20,
-            _tokens(vllm_config, vllm_config.max_concurrent_batches),
+            vllm_config.max_in_flight_tokens,
             vllm_config.scheduler_config.max_num_seqs,
+            vllm_config.model_config.max_model_len,
         )
 
 
@@ -79,12 +80,9 @@ def needed_bytes(vllm_config: "VllmConfig", specs: Mapping[str, Any]) -> int:
 
 
 def _blocks(vllm_config: "VllmConfig", block_size: int, steps: int) -> int:
-    # Every sequence can leave its last block almost empty; one block is vLLM's null block.
-    sequences = vllm_config.scheduler_config.max_num_seqs
-    return cdiv(_tokens(vllm_config, steps), block_size) + sequences + 1
-
-
-def _tokens(vllm_config: "VllmConfig", steps: int) -> int:
-    """Of so many steps in flight, or of one prompt that is longer and runs in chunks by itself."""
-    per_step = vllm_config.scheduler_config.max_num_batched_tokens
-    return max(steps * per_step, vllm_config.model_config.max_model_len)
+    """For so many steps in flight, or for the longest prompt, which runs by itself."""
+    scheduler = vllm_config.scheduler_config
+    # Every sequence can leave its last block almost empty.
+    full_steps = cdiv(steps * scheduler.max_num_batched_tokens, block_size) + scheduler.max_num_seqs
+    longest = cdiv(vllm_config.model_config.max_model_len, block_size)
+    return max(full_steps, longest) + 1  # and one is vLLM's null block

@@ -65,7 +65,8 @@ def _counters(by: list[str]) -> dict[str, prometheus.Counter]:
         ),
         "fallbacks": prometheus.Counter(
             "revmux:fallbacks",
-            "Requests that ran alone, by reason: light_load, no_partner, isolation, exact, policy.",
+            "Requests that ran alone, by reason: light_load, no_partner, isolation, exact, "
+            "policy, long (longer than a step, or beside a part of such a one).",
             [*by, "reason"],
         ),
         "composite_slots": prometheus.Counter(
@@ -91,7 +92,7 @@ class _Metrics:
         self.counters = _counters(by)
         self.waiting_tokens = prometheus.Gauge(
             "revmux:waiting_tokens",
-            "Tokens of the requests that wait, after the last step.",
+            "Tokens of the requests that wait, and of chunks still to run, after the last step.",
             by,
             multiprocess_mode="mostrecent",
         )

@@ -174,9 +174,10 @@ class RevMuxScheduler(Scheduler):
         return stats
 
     def _now(self) -> dict[tuple[str, str], int]:
-        """What waits, and what could be answered per second: tokens."""
-        waiting = float(sum(request.num_tokens for request in self.waiting))
-        now = {"waiting": waiting, **self.planner.capacity()}
+        """What waits, further chunks too, and what could be answered per second: tokens."""
+        waiting = sum(request.num_tokens for request in self.waiting)
+        waiting += sum(r.num_tokens - r.num_computed_tokens for r in self.running)
+        now = {"waiting": float(waiting), **self.planner.capacity()}
         return {("now", key): round(tokens) for key, tokens in now.items()}
 
     def _count_us(self, stage: str, seconds: float) -> None:

@@ -80,15 +80,17 @@ def pack(
     groups: list[tuple[int, ...]] = []
     for members in by_domain.values():
         members.sort(key=lengths.__getitem__, reverse=True)
-        until = list(accumulate((lengths[index] for index in members), initial=0))
+        until = list(accumulate(map(lengths.__getitem__, members), initial=0))
         start = 0
         while start < len(members):
-            room = until[start] + max_tokens
-            width = next(
-                (w for w in ladder if start + w < len(until) and until[start + w] <= room), 1
-            )
-            groups.append(tuple(members[start : start + width]))
-            start += width
+            for width in ladder:
+                end = start + width
+                if end <= len(members) and until[end] - until[start] <= max_tokens:
+                    break
+            else:
+                end = start + 1
+            groups.append(tuple(members[start:end]))
+            start = end
     return groups
 
 

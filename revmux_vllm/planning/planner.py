@@ -206,13 +206,14 @@ class StepPlanner:
     def _pack(
         self, requests: Sequence[Waiting], rungs: tuple[Rung, ...]
     ) -> list[tuple[Rung, tuple[int, ...]]]:
+        most = self.budgets.max_tokens
         return pack_rungs(
             [request.num_tokens for request in requests],
             rungs,
             # Members influence one another's answer, so tenants are kept apart.
             self._domains(requests),
-            {i for i, request in enumerate(requests) if self._alone_because(request)},
-            self.budgets.max_tokens,
+            {i for i, r in enumerate(requests) if r.exact or r.num_tokens > most},
+            most,
         )
 
     def _alone_because(self, request: Waiting) -> str:

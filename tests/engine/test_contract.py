@@ -162,7 +162,7 @@ def test_a_failing_registration_stops_nothing(monkeypatch: pytest.MonkeyPatch) -
 def test_the_backend_is_the_platforms_own_with_another_builder() -> None:
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
-    backend = composite_attention_backend(CPUAttentionBackend, pools_first=False)
-    assert backend is composite_attention_backend(CPUAttentionBackend, pools_first=False)
+    backend = composite_attention_backend(CPUAttentionBackend, False, False)
+    assert backend is composite_attention_backend(CPUAttentionBackend, False, False)
     assert issubclass(backend, CPUAttentionBackend)
     assert issubclass(backend.get_builder_cls(), CPUAttentionBackend.get_builder_cls())

@@ -224,7 +224,7 @@ class Planning(RuleBasedStateMachine):
                 assert rung.mux == 1
 
     def teardown(self) -> None:
-        """All run within as many steps as they have chunks, and two more for those left at first."""
+        """All run within as many steps as they have chunks, and two more for who was left once."""
         if not hasattr(self, "waiting"):
             return
         per_step = self.planner.budgets.max_tokens

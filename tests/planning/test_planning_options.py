@@ -16,8 +16,8 @@ CONFIG = RevMuxConfig(parse_rungs(["mux:2", "mux:4", "merge:2", "exit"]), prefil
     [
         (
             {"linger": 3},
-            "unknown key linger; known are isolate, linger_ms, max_width, min_width, policy, "
-            "rungs, target_ms",
+            "unknown key linger; known are adapter_dtype, isolate, linger_ms, max_width, "
+            "min_width, policy, rungs, target_ms",
         ),
         ({"max_width": 3}, r"max_width: expected one of \[1, 2, 4\], found 3"),
         ({"max_width": True}, r"max_width: expected one of \[1, 2, 4\], found True"),

@@ -220,11 +220,11 @@ def test_a_lost_node_loses_no_answer(cluster: Cluster, folder: Path, known: Know
 
 
 def test_what_cannot_start_fails_once_and_says_why(cluster: Cluster, folder: Path) -> None:
-    words = arguments(folder)["vllm_args"] + " --enable-chunked-prefill"
+    words = arguments(folder)["vllm_args"] + " --enable-lora"
     cluster.deploy(**arguments(folder, replicas=1) | {"vllm_args": words})
     wait_until(lambda: cluster.application()["status"] == "DEPLOY_FAILED", 240, "the failure")
     message = str(cluster.application())
-    assert "--enable-chunked-prefill: a composite needs its members whole" in message
+    assert "--enable-lora: adapters of another kind" in message
     cluster.deploy(model="/nowhere/at-all")
     wait_until(lambda: "no folder here" in str(cluster.application()), 120, "the failure")
     assert cluster.application()["status"] == "DEPLOY_FAILED"

@@ -77,7 +77,12 @@ class RevMuxT5ForSequenceClassification(RevMuxForSequenceClassification):
         def decided(padded: Tensor, lengths: Tensor) -> Tensor:
             return cut.upper(padded, lengths).expand(-1, padded.shape[1], -1)
 
-        lengths = _some_lengths(rows) if layout is None else np.diff(layout.host_starts)
+        if layout is None:
+            lengths = _some_lengths(rows)
+        elif layout.rungs:
+            lengths = np.diff(layout.host_starts)
+        else:  # all alone: the rows are the batch's own, in its order and not in the plan's
+            lengths = layout.host_sequence_lengths
         return _by_length(decided, rows, lengths)
 
 
