@@ -138,7 +138,7 @@ def test_a_front_that_is_killed_loses_no_answer(server: LocalServer, known: Know
 
 
 def test_a_dead_engine_is_noticed_without_a_request(server: LocalServer) -> None:
-    wait_until(lambda: len(processes(server, CORE)) == 2, 30, "both engines")
+    wait_until(lambda: len(processes(server, CORE)) == 2, 180, "both engines")
     before = replicas(server)
     kill(processes(server, CORE)[0])
     wait_until(
@@ -177,6 +177,8 @@ def test_an_engine_or_replica_that_is_killed_loses_no_answer(
     server: LocalServer, known: Known, victim: str
 ) -> None:
     wait_until(lambda: len(replicas(server)) == 2, 180, "two engines that answer")
+    # The fronts may still name one that has just died.
+    wait_until(lambda: len(processes(server, CORE)) == 2, 180, "both engines")
     before = {process.pid for process in processes(server, ENGINE)}
     cores = {process.pid for process in processes(server, CORE)}
     asyncio.run(ask_while_killing(server, known, victim))
