@@ -95,7 +95,7 @@ def run(
 
 
 def rows_of(model: Model, rungs: tuple[Rung, ...] | None) -> list[Row]:
-    """The rows of a model: of each of ``rungs``, all of its own for None, and of ``load``.
+    """The rows of a model: alone, of each of ``rungs``, all of its own for None, and of ``load``.
 
     Raises:
         UserError: for a rung that the checkpoint lacks.
@@ -108,6 +108,8 @@ def rows_of(model: Model, rungs: tuple[Rung, ...] | None) -> list[Row]:
     by_load = tuple(rung for rung in chosen if not rung.exit)
     widest = max((Rung(), *by_load), key=lambda rung: rung.saving)
     single = [Row(model, str(rung), rung, rung) for rung in chosen]
+    if model.plain_architecture is not None:  # else it is the baseline
+        single.insert(0, Row(model, ALONE, Rung(), Rung()))
     return [*single, Row(model, "load", by_load, widest)]
 
 

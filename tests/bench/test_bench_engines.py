@@ -73,11 +73,16 @@ def test_offline(tiny_checkpoint: Path, tmp_path: Path) -> None:
     )
     report = object_on_stdout(result, output)
     assert (report["requests"], report["mean_tokens"], report["rounds"]) == (16, 12, 5)
-    assert [row["rung"] for row in report["configurations"]] == ["mux:2", "mux:4", "load"]
+    assert [row["rung"] for row in report["configurations"]] == [
+        "alone",
+        "mux:2",
+        "mux:4",
+        "load",
+    ]
     for row in report["configurations"]:
         assert len(row["ratios"]) == 5
         assert row["ratio_min"] <= row["ratio"] <= row["ratio_max"]
-    assert report["configurations"][1]["layer_limit"] == pytest.approx(1 / (1 / 4 + 3 / 16))
+    assert report["configurations"][2]["layer_limit"] == pytest.approx(1 / (1 / 4 + 3 / 16))
     assert report["baseline"] == "plain vLLM"
     # Of the engine in this process; what is started next must not inherit it.
     assert not {"VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_LOGGING_STREAM"} & set(os.environ)
