@@ -212,8 +212,8 @@ def test_tensor_parallel(
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{cores[0]}|{cores[-1]}")
     folder = make_tiny_checkpoint(tmp_path, family=family, hidden_size=128, rungs=ALL)
     engine, reference = make_engine(folder, tensor_parallel_size=2), reference_of(folder)
-    for kind in (MUX, BOTH):
-        check(engine, reference, kind)
+    for kind in (MUX, BOTH):  # partial sums of two workers round elsewhere
+        check(engine, reference, kind, 2 * FLOAT32_TOLERANCE)
 
 
 @pytest.mark.parametrize("adapter_type", ["ora", "vanilla"])
