@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from revmux_vllm.adapters.coupling import ReversibleCoupling as ReversibleCoupling
     from revmux_vllm.adapters.kinds import AdapterLadder as AdapterLadder
-    from revmux_vllm.adapters.mux import RevMuxAdapter as RevMuxAdapter
     from revmux_vllm.config import RevMuxConfig as RevMuxConfig
     from revmux_vllm.config import layer_limit as layer_limit
     from revmux_vllm.errors import UserError as UserError
@@ -22,7 +21,6 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "AdapterLadder": "revmux_vllm.adapters.kinds",
     "MuxPlan": "revmux_vllm.planning.packing",
-    "RevMuxAdapter": "revmux_vllm.adapters.mux",
     "RevMuxConfig": "revmux_vllm.config",
     "ReversibleCoupling": "revmux_vllm.adapters.coupling",
     "UserError": "revmux_vllm.errors",

@@ -10,7 +10,7 @@ from typing import Any
 from revmux_vllm.errors import UserError, raise_all, within
 from revmux_vllm.rungs import Rung, parse_rungs
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 ADAPTER_TYPES = ("revmux", "ora", "vanilla")
 
 
@@ -133,6 +133,16 @@ class RevMuxConfig:
             for rung in self.rungs
             if hidden_size % rung.mux
         ]
+        mistakes += [
+            UserError(
+                "`rungs`",
+                f"{rung}: stops between `prefill_layers` {self.prefill_layers} and the last of the "
+                f"backbone's {num_layers} layers are",
+                expected=f"{self.prefill_layers + 1} to {num_layers - 1}",
+            )
+            for rung in self.rungs
+            if rung.stop and not self.prefill_layers < rung.stop < num_layers
+        ]
         if self.prefill_layers >= num_layers:
             mistakes.append(
                 UserError(
@@ -144,16 +154,16 @@ class RevMuxConfig:
         raise_all(mistakes)
 
 
-def layer_limit(saving: float, prefill_layers: int, num_layers: int) -> float:
+def layer_limit(rung: Rung, prefill_layers: int, num_layers: int) -> float:
     """Speed-up if layers were the only cost: 1 / (l/L + (1 - l/L)/N).
 
     Args:
-        saving: N, rows of the backbone that one row of the upper layers stands for.
+        rung: whose saving is N.
         prefill_layers: l.
         num_layers: L.
     """
     lower = prefill_layers / num_layers
-    return 1 / (lower + (1 - lower) / saving)
+    return 1 / (lower + (1 - lower) / rung.saving(prefill_layers, num_layers))
 
 
 def as_key(name: str) -> str:

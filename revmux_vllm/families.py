@@ -11,6 +11,7 @@ from pkgutil import resolve_name
 from typing import Any
 
 from revmux_vllm.errors import UserError
+from revmux_vllm.rungs import Ends
 
 LABEL_WORDS, OWN_HEAD, TENSOR_PARALLEL, FLOAT16 = (
     "label_words",
@@ -31,7 +32,7 @@ class Family:
         backbone: class that cuts the transformers model, ``module:Class``.
         engine_model: class that vLLM runs, ``module:Class``; its name is the architecture.
         word_model: auto class of transformers that reads a backbone that answers with words.
-        pools_first: the pooled token is a sequence's first one; else it is the last.
+        ends: which tokens of a sequence are not like the others.
         has_kv_cache: vLLM keeps keys and values in pages.
         positions_behind_padding: positions count from behind the padding token's id.
         nce_weight: the paper's weight of InfoNCE.
@@ -42,7 +43,7 @@ class Family:
     backbone: str
     engine_model: str
     word_model: str = "AutoModelForCausalLM"
-    pools_first: bool = False
+    ends: Ends = Ends()  # noqa: RUF009  frozen
     has_kv_cache: bool = True
     positions_behind_padding: bool = False
     nce_weight: float = 0.5
@@ -68,6 +69,7 @@ def _decoder(model_type: str, name: str) -> Family:
         model_type,
         backbone="revmux_vllm.backbones.decoder:DecoderBackbone",
         engine_model=f"revmux_vllm.engine.models.decoder:RevMux{name}ForSequenceClassification",
+        ends=Ends(has_sink=True),
     )
 
 
@@ -76,7 +78,7 @@ def _encoder(model_type: str, name: str, **more: Any) -> Family:
         model_type,
         backbone="revmux_vllm.backbones.encoder:EncoderBackbone",
         engine_model=f"revmux_vllm.engine.models.encoder:RevMux{name}ForSequenceClassification",
-        pools_first=True,
+        ends=Ends(pools_first=True),
         has_kv_cache=False,
         refuses={LABEL_WORDS: f"a {model_type} classifier has a head of its own; leave it out"},
         **more,

@@ -41,7 +41,7 @@ def describe(folder: str | Path) -> dict[str, Any]:
         count = sum(parameter.numel() for parameter in adapter.parameters())
         measured = report.get("rungs", {}).get(str(rung), {})
         rungs[str(rung)] = {
-            "layer_limit": layer_limit(rung.saving, config.prefill_layers, layers),
+            "layer_limit": layer_limit(rung, config.prefill_layers, layers),
             "parameters": count,
             "parameters_share": count / backbone,
             "speedup": measured.get("speedup"),

@@ -3,16 +3,17 @@
 Training, evaluation and the engine's parity tests all go through these functions.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from revmux_vllm.adapters.kinds import AdapterLadder, RungAdapter
+from revmux_vllm.adapters.kinds import AdapterLadder, Path, RungAdapter
 from revmux_vllm.adapters.merging import merged_tokens
 from revmux_vllm.backbones.base import Backbone, inside
-from revmux_vllm.rungs import Rung
+from revmux_vllm.rungs import Ends, Rung
 
 
 def skip_state(hidden: Tensor, lengths: Tensor, position: Tensor) -> Tensor:
@@ -41,86 +42,103 @@ class Passed:
     """G composites of N members behind the upper layers, where each member is read.
 
     Attributes:
-        adapter: of their rung.
-        rows: (G*N, D) the upper layers' output; None where none ran.
+        rows: (G*N, D) by the layer where a rung stops, 0 for the end; empty where no layer ran.
         stream: (G*N,) which stream of its composite each member is.
         skip: (G*N, 2, D), see ``skip_state``.
         streams: (G, T', N, S) the members before they were mixed; None where nothing is.
     """
 
-    adapter: RungAdapter
-    rows: Tensor | None
+    rows: dict[int, Tensor]
     stream: Tensor
     skip: Tensor
     streams: Tensor | None
 
-    def read(self, with_skip: bool = True) -> Tensor:
-        """The members' vectors (G, N, D)."""
-        vectors = self.adapter.read(self.rows, self.stream, self.skip if with_skip else None)
-        return vectors.unflatten(0, (-1, self.adapter.rung.mux))
+    def read(self, adapter: RungAdapter, with_skip: bool = True) -> Tensor:
+        """The members' vectors (G, N, D) of one rung of the path."""
+        rows = self.rows.get(adapter.rung.stop)
+        vectors = adapter.read(rows, self.stream, self.skip if with_skip else None)
+        return vectors.unflatten(0, (-1, adapter.rung.mux))
 
 
-def run_upper(backbone: Backbone, adapter: RungAdapter, hidden: Tensor, lengths: Tensor) -> Passed:
-    """Run G composites of a rung through the upper layers.
+def run_path(
+    backbone: Backbone, adapters: Sequence[RungAdapter], hidden: Tensor, lengths: Tensor
+) -> Passed:
+    """Run G composites through the upper layers, as far as any of the rungs of a path needs.
 
     Args:
         backbone: frozen.
-        adapter: of the rung.
+        adapters: of the rungs; their path is one.
         hidden: (G, N, T, D) after the prefill layers, right-padded.
         lengths: (G, N) int64, the longest first.
     """
+    rung, path = adapters[0].rung, adapters[0].path
     num_groups, width = lengths.shape
     flat = lengths.flatten()
     skip = skip_state(hidden.flatten(0, 1), flat, backbone.pooled_position(flat))
     stream = torch.arange(width, device=lengths.device).repeat(num_groups)
-    if not adapter.runs_upper_layers:
-        return Passed(adapter, None, stream, skip, None)
+    if rung.exit:
+        return Passed({}, stream, skip, None)
     rows, positions = hidden, None
-    if adapter.rung.shortening > 1:
-        merged, flat, positions = merge(backbone, adapter, hidden.flatten(0, 1), flat)
+    if rung.shortening > 1:
+        merged, flat, positions = merge(backbone, path, rung.shortening, rows.flatten(0, 1), flat)
         rows = merged.unflatten(0, lengths.shape)
         positions = positions.unflatten(0, lengths.shape)[:, 0]
-    rows, streams = multiplex(adapter, rows, flat)
-    out = backbone.upper(rows, flat.view_as(lengths)[:, 0], positions)
-    read_at = rows_at(out.repeat_interleave(width, 0), backbone.output_position(flat))
-    return Passed(adapter, read_at, stream, skip, streams)
+    rows, streams = multiplex(path, rows, flat, backbone.ends)
+    carriers = flat.view_as(lengths)[:, 0]
+    read_at: dict[int, Tensor] = {}
+    layer = backbone.prefill_layers
+    for stop in sorted({adapter.rung.stop for adapter in adapters}, key=lambda s: s or math.inf):
+        rows = backbone.between(rows, carriers, positions, layer, stop or backbone.num_layers)
+        out, position = rows, backbone.pooled_position(flat)
+        if not stop:
+            out, position = backbone.finish(rows, carriers), backbone.output_position(flat)
+        read_at[stop] = rows_at(out.repeat_interleave(width, 0), position)
+        layer = stop
+    return Passed(read_at, stream, skip, streams)
 
 
 def merge(
-    backbone: Backbone, adapter: RungAdapter, hidden: Tensor, lengths: Tensor
+    backbone: Backbone, path: Path, factor: int, hidden: Tensor, lengths: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Neighbouring rows of (B, T, D) merged: rows (B, R, D), rows (B,) of each, positions (B, R).
+    """``factor`` neighbouring rows of (B, T, D) merged: rows (B, R, D), rows (B,) of each, and
+    positions (B, R).
 
     A merged row stands at the position of its last token.
     """
-    tokens, num_rows = merged_tokens(lengths, adapter.rung.shortening, backbone.pools_first)
+    tokens, num_rows = merged_tokens(lengths, factor, backbone.ends)
     present = tokens >= 0  # (B, R, M)
     sequence = torch.arange(len(hidden), device=hidden.device)[:, None]
     rows = hidden[sequence, tokens.clamp(min=0).flatten(1)].unflatten(1, tokens.shape[1:])
     # Behind a sequence there is nothing to merge; its first slot stands in.
     present[..., 0] = True
-    merged = adapter.merge(rows.flatten(0, 1), present.flatten(0, 1))
+    merged = path.merge(rows.flatten(0, 1), present.flatten(0, 1))
     return merged.unflatten(0, tokens.shape[:2]), num_rows, tokens.amax(-1).clamp(min=0)
 
 
-def multiplex(adapter: RungAdapter, rows: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor | None]:
+def multiplex(
+    path: Path, rows: Tensor, lengths: Tensor, ends: Ends
+) -> tuple[Tensor, Tensor | None]:
     """Composite rows (G, T', D), and their streams, from members' rows (G, N, T', D).
 
     ``lengths`` (G*N,): rows of each member.
     """
     num_groups, width, num_rows, hidden_size = rows.shape
     present = inside(lengths, num_rows).view(num_groups, width, num_rows)
-    mixed, streams = adapter.multiplex(
+    sinks = None
+    if ends.has_sink:
+        sinks = torch.arange(num_groups * num_rows, device=rows.device) % num_rows == 0
+    mixed, streams = path.multiplex(
         rows.transpose(1, 2).reshape(-1, width, hidden_size),  # (G*T', N, D)
         present.transpose(1, 2).reshape(-1, width),
+        sinks,
     )
     shape = num_groups, num_rows
     return mixed.unflatten(0, shape), None if streams is None else streams.unflatten(0, shape)
 
 
 def run_rung(backbone: Backbone, adapter: RungAdapter, hidden: Tensor, lengths: Tensor) -> Tensor:
-    """The members' vectors (G, N, D) of G composites; arguments as for ``run_upper``."""
-    return run_upper(backbone, adapter, hidden, lengths).read()
+    """The members' vectors (G, N, D) of G composites; arguments as for ``run_path``."""
+    return run_path(backbone, [adapter], hidden, lengths).read(adapter)
 
 
 @torch.no_grad()

@@ -1,5 +1,8 @@
 """The ways through the upper layers for less, by name: ``mux:N``, ``merge:N``, both, ``exit``.
 
+Each of them may stop: ``merge:2@18`` is read after layer 18 and not at the end, and ``exit@18`` is
+a sequence of which nothing is changed, read there. A plain ``exit`` is read at the cut.
+
 A new kind of rung is a row of ``GRAMMAR``, a field of ``Rung`` where its name has a number of its
 own (with its part in ``COUNTS``, ``shortening`` and ``way``), and a class in ``adapters/kinds.py``.
 """
@@ -7,7 +10,7 @@ own (with its part in ``COUNTS``, ``shortening`` and ``way``), and a class in ``
 import math
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from revmux_vllm.errors import UserError
@@ -30,24 +33,34 @@ class Kind:
     pattern: re.Pattern[str]
 
 
+_STOP = r"@(?P<stop>\d+)"
 ALONE = Kind("alone", "alone", "every token of one sequence", re.compile("alone"))
 EXIT = Kind(
-    "exit", "exit", "nothing: an answer from the prefill layers alone", re.compile("(?P<exit>exit)")
+    "exit",
+    "exit",
+    "nothing: an answer from the prefill layers alone",
+    re.compile(f"(?P<exit>exit)|exit{_STOP}"),
 )
-COMPOSITE = Kind("composite", "mux:N", "composites of N sequences", re.compile(r"mux:(?P<mux>\d+)"))
+COMPOSITE = Kind(
+    "composite", "mux:N", "composites of N sequences", re.compile(rf"mux:(?P<mux>\d+)({_STOP})?")
+)
 MERGED = Kind(
-    "merged", "merge:N", "one row per N neighbouring tokens", re.compile(r"merge:(?P<merge>\d+)")
+    "merged",
+    "merge:N",
+    "one row per N neighbouring tokens",
+    re.compile(rf"merge:(?P<merge>\d+)({_STOP})?"),
 )
 MERGED_COMPOSITE = Kind(
     "merged composite",
     "merge:N+mux:N",
     "composites of N sequences whose tokens were merged",
-    re.compile(r"merge:(?P<merge>\d+)\+mux:(?P<mux>\d+)"),
+    re.compile(rf"merge:(?P<merge>\d+)\+mux:(?P<mux>\d+)({_STOP})?"),
 )
 GRAMMAR = (ALONE, EXIT, COMPOSITE, MERGED, MERGED_COMPOSITE)
+STOPPED = "`@L` behind any of them reads the answer after layer L"
 COUNTS = ("merge", "mux")
 """Fields of ``Rung`` that say how many become one row, in the order of a name."""
-_READ = {"exit": bool} | dict.fromkeys(COUNTS, int)
+_READ = {"exit": bool, "stop": int} | dict.fromkeys(COUNTS, int)
 
 
 @dataclass(frozen=True, order=True)
@@ -58,21 +71,26 @@ class Rung:
         merge: neighbouring tokens of one sequence that become one row; 1 merges none.
         mux: sequences that share a composite (the width N); 1 is no composite.
         exit: no upper layer at all; the answer is read off the prefill state.
+        stop: the answer is read after so many layers of the backbone; 0: after all of them.
     """
 
     merge: int = 1
     mux: int = 1
     exit: bool = False
+    stop: int = 0
 
     def __post_init__(self) -> None:
         counts = self.merge, self.mux
-        if min(counts) < 1 or (self.exit and max(counts) > 1):
-            raise ValueError(f"no such rung: {dict(self._counts())}, exit {self.exit}")
+        if min(counts) < 1 or (self.exit and max(*counts, self.stop + 1) > 1) or self.stop < 0:
+            raise ValueError(
+                f"no such rung: {dict(self._counts())}, exit {self.exit}, stop {self.stop}"
+            )
 
     def __str__(self) -> str:
         if self.exit:
             return "exit"
-        return "+".join(f"{name}:{n}" for name, n in self._counts() if n > 1) or "alone"
+        name = "+".join(f"{name}:{n}" for name, n in self._counts() if n > 1)
+        return f"{name or 'exit'}@{self.stop}" if self.stop else name or "alone"
 
     def _counts(self) -> list[tuple[str, int]]:
         return [(name, getattr(self, name)) for name in COUNTS]
@@ -86,9 +104,22 @@ class Rung:
         raise ValueError(f"no row of the grammar writes {self}")
 
     @property
-    def saving(self) -> float:
-        """Rows of the backbone that one row of this rung stands for; without end for ``exit``."""
-        return math.inf if self.exit else self.shortening * self.mux
+    def path(self) -> "Rung":
+        """The same rung to the end: what it does to rows, wherever it stops."""
+        return replace(self, stop=0)
+
+    def saving(self, prefill_layers: int, num_layers: int) -> float:
+        """How many times less the upper layers compute for it; without end for ``exit``.
+
+        Args:
+            prefill_layers: l, below the cut.
+            num_layers: L, all.
+        """
+        if self.exit:
+            return math.inf
+        upper = num_layers - prefill_layers
+        passed = (self.stop or num_layers) - prefill_layers
+        return self.shortening * self.mux * upper / passed
 
     @property
     def shortening(self) -> int:
@@ -96,9 +127,9 @@ class Rung:
         return self.merge
 
     @property
-    def way(self) -> tuple[int, bool]:
+    def way(self) -> tuple[int, bool, int]:
         """What is done to each sequence by itself: every field but ``mux``."""
-        return self.merge, self.exit
+        return self.merge, self.exit, self.stop
 
     @classmethod
     def parse(cls, text: str) -> "Rung":
@@ -109,11 +140,14 @@ class Rung:
         """
         for kind in GRAMMAR if isinstance(text, str) else ():
             if found := kind.pattern.fullmatch(text):
-                fields: dict[str, Any] = {k: _READ[k](v) for k, v in found.groupdict().items()}
+                fields: dict[str, Any] = {k: _READ[k](v) for k, v in found.groupdict().items() if v}
                 if min(fields.values(), default=1) and str(rung := cls(**fields)) == text:
                     return rung
         *others, last = (kind.form for kind in GRAMMAR if kind is not ALONE)
-        raise UserError(f"rung {text!r}", expected=f"{', '.join(others)} or {last}, N at least 2")
+        raise UserError(
+            f"rung {text!r}",
+            expected=f"{', '.join(others)} or {last}, N at least 2, or one with @L behind it",
+        )
 
 
 def parse_rungs(texts: Iterable[str]) -> tuple[Rung, ...]:
@@ -136,14 +170,36 @@ def parse_rungs(texts: Iterable[str]) -> tuple[Rung, ...]:
 def in_words() -> str:
     """Every kind of rung that a checkpoint may have, with what it runs on."""
     kinds = (kind for kind in GRAMMAR if kind is not ALONE)
-    return ", ".join(f"`{kind.form}` {kind.says}" for kind in kinds)
+    return ", ".join([*(f"`{kind.form}` {kind.says}" for kind in kinds), STOPPED])
 
 
-def row_counts(lengths: Any, factor: Any) -> Any:
-    """Rows of sequences after merging: one for the pooled token, one for every M others.
+@dataclass(frozen=True)
+class Ends:
+    """Which tokens of a sequence are not like the others.
+
+    Attributes:
+        pools_first: the pooled token is the first one; else it is the last.
+        has_sink: the first token's row is an attention sink: all later ones attend to it, and it is
+            neither merged nor mixed. Decoders have one (Xiao et al., 2024, StreamingLLM).
+    """
+
+    pools_first: bool = False
+    has_sink: bool = False
+
+    @property
+    def kept(self) -> tuple[int, int]:
+        """How many tokens at the beginning and at the end keep a row of their own."""
+        return int(self.pools_first or self.has_sink), int(not self.pools_first)
+
+
+def row_counts(lengths: Any, factor: Any, ends: Ends) -> Any:
+    """Rows of sequences after merging: one for each token that is kept, one for every M others.
 
     Args:
         lengths: tokens of each sequence, positive; a number, a tensor or an array.
         factor: M, or one for each sequence.
+        ends: which tokens are kept.
     """
-    return 1 - (1 - lengths) // factor
+    kept = sum(ends.kept)
+    too_short = (lengths < kept) * (factor > 1)  # one token, where two are kept
+    return kept - (kept - lengths) // factor - 1 * too_short

@@ -210,7 +210,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class ByCrowd:
-    """Policy of tests: rungs that save as much as there are requests; ``exit`` needs one more.
+    """Policy of tests: rungs of which a row stands for as many as there are requests, or for fewer;
+    ``exit`` needs one more.
 
     So batches of several sizes run at every one of ``rungs`` and at the backbone alone.
     """
@@ -225,9 +226,9 @@ class ByCrowd:
         self._rungs = rungs
 
     def rungs(self, backlog: Backlog) -> tuple[Rung, ...]:
-        most = max((rung.saving for rung in self._rungs if not rung.exit), default=0)
-        needed = {rung: most + 1 if rung.exit else rung.saving for rung in self._rungs}
-        return tuple(rung for rung in self._rungs if needed[rung] <= backlog.num_requests)
+        rows = {r: max(2, r.shortening * r.mux) for r in self._rungs if not r.exit}
+        most = max(rows.values(), default=0)
+        return tuple(r for r in self._rungs if rows.get(r, most + 1) <= backlog.num_requests)
 
 
 SMALL: dict[str, Any] = {

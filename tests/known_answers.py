@@ -50,14 +50,15 @@ def make_transparent_checkpoint(root: Path, hidden_size: int = 64, num_layers: i
             layer.self_attn.o_proj.weight.zero_()
             layer.mlp.down_proj.weight.zero_()
         for rung, adapter in ladder.items():
-            for name, parameter in adapter.named_parameters():
-                if name.endswith("bias"):
-                    parameter.zero_()
-                elif "coupling" in name:
-                    parameter.normal_(std=0.5 / parameter.shape[-1] ** 0.5)
-            mux: Any = adapter.mux
-            mux.up[0].weight[:, hidden_size // rung.mux :] = 0
+            mux: Any = adapter.path.mux  # type: ignore[union-attr]
+            up: Any = adapter.read.up
+            up[0].weight[:, hidden_size // rung.mux :] = 0
             mux.down.copy_(mux.down[:1].expand_as(mux.down))
+        for name, parameter in ladder.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+            elif "coupling" in name:
+                parameter.normal_(std=0.5 / parameter.shape[-1] ** 0.5)
     model.save_pretrained(root / "backbone")
     word_tokenizer().save_pretrained(root / "backbone")
     folder = root / "transparent"

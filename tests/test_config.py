@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from revmux_vllm.config import RevMuxConfig, layer_limit
+from revmux_vllm.rungs import Rung
 
 GOOD: dict[str, Any] = {
     "format_version": 2,
@@ -64,10 +65,11 @@ def test_all_mistakes_are_raised_at_once() -> None:
 
 
 def test_layer_limit() -> None:
-    assert layer_limit(2, 6, 12) == pytest.approx(4 / 3)
-    assert layer_limit(4, 3, 12) == pytest.approx(16 / 7)
-    assert layer_limit(8, 3, 24) == pytest.approx(64 / 15)
-    assert math.isclose(layer_limit(1, 3, 12), 1)
+    assert layer_limit(Rung(mux=2), 6, 12) == pytest.approx(4 / 3)
+    assert layer_limit(Rung(mux=4), 3, 12) == pytest.approx(16 / 7)
+    assert layer_limit(Rung(mux=8), 3, 24) == pytest.approx(64 / 15)
+    assert layer_limit(Rung(merge=2, stop=9), 6, 12) == pytest.approx(12 / 7.5)
+    assert math.isclose(layer_limit(Rung(), 3, 12), 1)
 
 
 def test_importing_the_package_needs_neither_vllm_nor_ray() -> None:

@@ -15,6 +15,7 @@ from revmux_vllm import layer_limit
 from revmux_vllm.bench.local_server import LocalServer
 from revmux_vllm.bench.metrics import mixed_layer_limit, parse_rung_counts
 from revmux_vllm.engine.environment import untouched
+from revmux_vllm.rungs import Rung
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 POSITIVE, NEGATIVE = "A warm, funny and beautifully acted film", "The plot makes no sense"
@@ -85,7 +86,7 @@ def test_rung_counts_of_a_server_without_the_plugin_are_empty() -> None:
 
 
 def test_mixed_limit_of_one_width_is_that_width_s_limit() -> None:
-    assert mixed_layer_limit({"mux:4": 7}, 3, 12) == pytest.approx(layer_limit(4, 3, 12))
+    assert mixed_layer_limit({"mux:4": 7}, 3, 12) == pytest.approx(layer_limit(Rung(mux=4), 3, 12))
     assert mixed_layer_limit({"alone": 7}, 3, 12) == pytest.approx(1)
 
 

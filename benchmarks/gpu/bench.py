@@ -105,13 +105,14 @@ class Pair:
     def throughput(self, length: int, rounds: int, seed: int, progress: Progress) -> Outcome:
         """Requests per second of both engines, rung by rung, for prompts of one length."""
         prompts = self.prompts(length, self.shape.requests(length), seed)
-        widest = max(self.rungs, key=lambda rung: rung.saving)
+        shape = self.shape.prefill_layers, self.shape.num_layers
+        widest = max(self.rungs, key=lambda rung: rung.saving(*shape))
         limited_by = {ALONE: Rung(), **{str(rung): rung for rung in self.rungs}, LOAD: widest}
         at = {ALONE: Rung(), **{str(rung): rung for rung in self.rungs}, LOAD: self.rungs}
         contenders: dict[Any, Any] = {PLAIN: self.rate(self.plain, None)}
         contenders |= {name: self.rate(self.ours, rungs) for name, rungs in at.items()}
         rates = measure(contenders, prompts, rounds, progress)
-        cut, layers = self.shape.prefill_layers, self.shape.num_layers
+        cut, layers = shape
         rows = [
             summary(rates[name], rates[PLAIN], limited_by[name], cut, layers) | {"rung": name}
             for name in at

@@ -14,7 +14,6 @@ from gpu.results import FAIL, PASS, Outcome
 from gpu.tiny import ALL_RUNGS, random_prompts, write_checkpoint
 from revmux_vllm.engine.in_process import InProcessEngine
 from revmux_vllm.engine.plain import PlainEngine
-from revmux_vllm.planning.policy import Fixed
 from revmux_vllm.rungs import Rung, parse_rungs
 
 CASES = (
@@ -68,7 +67,7 @@ def compare(family: str, options: dict[str, Any]) -> dict[str, Any]:
         try:
             recorder = Recorder(engine)
             found = _against_reference(engine, recorder, folder)
-            engine.planner.policy = Fixed(())
+            engine.planner.fix(())
             alone = [_probabilities(engine, random_prompts(*batch)) for batch in BATCHES]
             facts = engine.llm.apply_model(model_facts)[0]
         finally:
@@ -96,7 +95,7 @@ def _against_reference(engine: InProcessEngine, recorder: Recorder, folder: Path
     cases: dict[str, dict[str, float]] = {}
     most_rungs = 0
     for case in CASES:
-        engine.planner.policy = Fixed(parse_rungs(case.split(",")))
+        engine.planner.fix(parse_rungs(case.split(",")))
         differences, company = [], []
         for batch in BATCHES:
             prompts = random_prompts(*batch)

@@ -108,7 +108,7 @@ class Settings:
     def _throughput_s(self, shape: Shape) -> float:
         """Of all rounds: plain, alone, ``load`` and every rung, each as fast as its layer limit."""
         cut, layers = shape.prefill_layers, shape.num_layers
-        limits = [layer_limit(rung.saving, cut, layers) for rung in self.rungs]
+        limits = [layer_limit(rung, cut, layers) for rung in self.rungs]
         passes = 2 + sum(1 / limit for limit in limits) + 1 / max(limits, default=1)
         seconds = 0.0
         for length in self.lengths:

@@ -14,7 +14,6 @@ from gpu.child import ChildError, log_tail, run_in_child
 from gpu.results import FAIL, NUMBER, PASS, Outcome, Skipped
 from gpu.tiny import ALL_RUNGS, random_prompts, write_checkpoint
 from revmux_vllm.engine.in_process import InProcessEngine
-from revmux_vllm.planning.policy import Fixed
 
 VARIABLE = "VLLM_GPU_SYNC_CHECK"
 NO_GPU = f"{VARIABLE} checks CUDA devices alone; the run itself was made"
@@ -36,7 +35,7 @@ def run_steps(options: dict[str, Any], ours: bool) -> dict[str, Any]:
             # Twice: what is lazy runs in the first, and a later step may wait elsewhere.
             for rungs in [(), *((rung,) for rung in ALL_RUNGS), ALL_RUNGS[:-1]] if ours else [()]:
                 if ours:
-                    engine.planner.policy = Fixed(rungs)
+                    engine.planner.fix(rungs)
                 for _ in range(2):
                     engine.classify(prompts, salts=salts)
         finally:

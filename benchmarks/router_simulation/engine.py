@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from revmux_vllm.planning.costs import Budgets, LayerCosts
 from revmux_vllm.planning.options import read_options
 from revmux_vllm.planning.planner import Composite, StepPlanner, Waiting
-from revmux_vllm.rungs import row_counts
+from revmux_vllm.rungs import Ends, row_counts
 from router_simulation.setting import Calibration
 from router_simulation.traffic import Request
 
@@ -56,7 +56,7 @@ class Engine:
         self.running = [self._requests.pop(member.id) for member in members]
         self.waiting = [record for record in self.waiting if record.id in self._requests]
         rows = sum(
-            0 if rung.exit else row_counts(group[0].num_tokens, rung.shortening)
+            0 if rung.exit else row_counts(group[0].num_tokens, rung.shortening, Ends())
             for rung, group in step.composites
         )
         tokens = sum(member.num_tokens for member in members)

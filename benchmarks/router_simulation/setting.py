@@ -72,8 +72,9 @@ class Calibration:
     @property
     def tokens_per_s(self) -> float:
         """In full steps at the widest rung."""
-        saving = max(rung.saving for rung in (Rung(), *parse_rungs(self.rungs)))
-        return self.costs().tokens_per_s(saving, self.max_tokens)
+        costs = self.costs()
+        saving = max(map(costs.saving, (Rung(), *parse_rungs(self.rungs))))
+        return costs.tokens_per_s(saving, self.max_tokens)
 
 
 class GivenCosts(LayerCosts):

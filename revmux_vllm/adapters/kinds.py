@@ -1,46 +1,38 @@
-"""One class for each kind of rung, with the same three verbs, and the ladder that holds them.
+"""One class for each kind of rung, and the ladder that holds them.
 
-Below the cut stand a batch's rows. ``merge`` makes one row of neighbouring ones, ``multiplex`` one
-of several members', and behind the upper layers ``read`` makes the vector that the backbone's head
-reads. A kind overrides the verbs that it has something to do in.
+A rung has two parts. Its *path* changes rows below the cut: ``merge`` makes one row of neighbouring
+ones, ``multiplex`` one of several members'. Its *reader* makes, where the rung ends, the vector
+that the backbone's head reads. Rungs that differ only in where they stop share a path, in the
+checkpoint and in training, where one pass serves them all.
 
-A new kind is a class here, an entry of ``KINDS``, and what ``rungs.py`` says.
+A new kind is a path here, an entry of ``PATHS``, and what ``rungs.py`` says.
 """
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterable
-from typing import ClassVar
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from revmux_vllm import rungs
-from revmux_vllm.adapters.exits import ExitHead
-from revmux_vllm.adapters.merging import Refiner, TokenMerge
-from revmux_vllm.adapters.mux import ADAPTERS, Adapter
+from revmux_vllm.adapters.merging import TokenMerge
+from revmux_vllm.adapters.mux import ADAPTERS, Multiplexer
+from revmux_vllm.adapters.reading import EarlyReader, Reader, Refiner
 from revmux_vllm.config import RevMuxConfig
 from revmux_vllm.rungs import Rung
 
 
-class RungAdapter(nn.Module, ABC):
-    """What a rung does before the upper layers and after them.
+class Path(nn.Module):
+    """What a rung does to rows before the upper layers; this one does nothing.
 
     Args:
         rung: which.
         config: of the ladder.
         hidden_size: D of the backbone.
-
-    Attributes:
-        runs_upper_layers: otherwise ``read`` answers from the skip state alone.
-        read_without_skip: training asks for answers with the skip state and without it; with it
-            always there composites come to be ignored.
     """
-
-    runs_upper_layers: ClassVar[bool] = True
-    read_without_skip: ClassVar[bool] = False
 
     def __init__(self, rung: Rung, config: RevMuxConfig, hidden_size: int) -> None:
         super().__init__()
-        self.rung = rung
 
     def merge(self, rows: Tensor, present: Tensor) -> Tensor:
         """Rows (P, M, D), of which ``present`` (P, M) bool are there, to (P, D).
@@ -49,12 +41,15 @@ class RungAdapter(nn.Module, ABC):
         """
         return rows[:, 0]
 
-    def multiplex(self, rows: Tensor, present: Tensor) -> tuple[Tensor, Tensor | None]:
+    def multiplex(
+        self, rows: Tensor, present: Tensor, sinks: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         """Upper rows from the rows of their members.
 
         Args:
             rows: (R, N, D), row r of every member.
             present: (R, N) bool; False where a member has already ended.
+            sinks: (R,) bool, rows that are attention sinks and pass unmixed; None: there are none.
 
         Returns:
             Upper rows (R, D); and the streams (R, N, S) before they were mixed, or None where
@@ -62,106 +57,117 @@ class RungAdapter(nn.Module, ABC):
         """
         return rows[:, 0], None
 
-    @abstractmethod
-    def read(self, rows: Tensor | None, stream: Tensor, skip: Tensor | None) -> Tensor:
-        """The vectors (M, D) of M members, which the backbone's head reads.
 
-        Args:
-            rows: (M, D), the upper layers' output where each member is read; None where none ran.
-            stream: (M,) int64, which stream of its composite a member is.
-            skip: (M, 2, D), what the prefill layers know of each member: its pooled row, and the
-                mean over its tokens. None: answer without it.
-        """
-
-
-class Composite(RungAdapter):
+class Composite(Path):
     """``mux:N``: N sequences share rows."""
-
-    read_without_skip = True
 
     def __init__(self, rung: Rung, config: RevMuxConfig, hidden_size: int) -> None:
         super().__init__(rung, config, hidden_size)
-        make = ADAPTERS[config.adapter_type]
-        self.mux: Adapter = make(rung.mux, hidden_size, config.adapter_hidden_size, config.skip)
+        self.mux: Multiplexer = ADAPTERS[config.adapter_type].multiplexer(rung.mux, hidden_size)
 
-    def multiplex(self, rows: Tensor, present: Tensor) -> tuple[Tensor, Tensor | None]:
+    def multiplex(
+        self, rows: Tensor, present: Tensor, sinks: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         streams = self.mux.down_project(rows, present)
-        return self.mux.mix(streams), streams
+        mixed = self.mux.mix(streams)
+        if sinks is not None:
+            # The first rows of all sequences are nearly the same, so their mean is one of them.
+            mixed = torch.where(sinks[:, None], rows.mean(1), mixed)
+        return mixed, streams
 
-    def read(self, rows: Tensor | None, stream: Tensor, skip: Tensor | None) -> Tensor:
-        assert rows is not None
-        return self.mux.demultiplex(rows, stream, skip)
 
-
-class Merged(RungAdapter):
+class Merged(Path):
     """``merge:N``: N neighbouring tokens of a sequence are a row."""
 
     def __init__(self, rung: Rung, config: RevMuxConfig, hidden_size: int) -> None:
         super().__init__(rung, config, hidden_size)
         self.merger = TokenMerge(rung.merge, hidden_size, config.adapter_hidden_size)
-        self.refiner = Refiner(hidden_size, config.adapter_hidden_size, config.skip)
 
     def merge(self, rows: Tensor, present: Tensor) -> Tensor:
         return self.merger(rows, present)
 
-    def read(self, rows: Tensor | None, stream: Tensor, skip: Tensor | None) -> Tensor:
-        assert rows is not None
-        assert skip is not None
-        return self.refiner(rows, skip)
 
-
-class MergedComposite(Composite):
+class MergedComposite(Composite, Merged):
     """``merge:M+mux:N``: N sequences whose tokens were merged share rows."""
 
-    def __init__(self, rung: Rung, config: RevMuxConfig, hidden_size: int) -> None:
-        merger = TokenMerge(rung.merge, hidden_size, config.adapter_hidden_size)
-        super().__init__(rung, config, hidden_size)
-        self.merger = merger
 
-    def merge(self, rows: Tensor, present: Tensor) -> Tensor:
-        return self.merger(rows, present)
-
-
-class Exit(RungAdapter):
-    """``exit``: the prefill state answers."""
-
-    runs_upper_layers = False
-
-    def __init__(self, rung: Rung, config: RevMuxConfig, hidden_size: int) -> None:
-        super().__init__(rung, config, hidden_size)
-        self.exit = ExitHead(hidden_size, config.adapter_hidden_size, hidden_size)
-
-    def read(self, rows: Tensor | None, stream: Tensor, skip: Tensor | None) -> Tensor:
-        assert skip is not None
-        return self.exit(skip)
-
-
-KINDS: dict[rungs.Kind, type[RungAdapter]] = {
+PATHS: dict[rungs.Kind, type[Path]] = {
     rungs.COMPOSITE: Composite,
     rungs.MERGED: Merged,
     rungs.MERGED_COMPOSITE: MergedComposite,
-    rungs.EXIT: Exit,
+    rungs.EXIT: Path,
 }
 
 
+def make_reader(rung: Rung, path: Path, config: RevMuxConfig, hidden_size: int) -> Reader:
+    """The untrained reader of a rung over its path."""
+    inner_size = config.adapter_hidden_size
+    if isinstance(path, Composite):
+        make = ADAPTERS[config.adapter_type].demultiplexer
+        return make(path.mux, hidden_size, inner_size, config.skip)
+    if rung.exit or rung.stop:
+        return EarlyReader(hidden_size, inner_size, has_rows=not rung.exit)
+    return Refiner(hidden_size, inner_size, config.skip)
+
+
+@dataclass(frozen=True)
+class RungAdapter:
+    """The two parts of a rung."""
+
+    rung: Rung
+    path: Path
+    read: Reader
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Of both parts; what rungs share counts for each."""
+        yield from self.path.parameters()
+        yield from self.read.parameters()
+
+    @property
+    def read_without_skip(self) -> bool:
+        """Training asks for answers with the skip state and without it; with it always there
+        composites come to be ignored."""
+        return self.rung.mux > 1
+
+
 class AdapterLadder(nn.Module):
-    """Adapters of several rungs over one backbone. Keys of the state dict: ``{rung}.{...}``."""
+    """Adapters of several rungs over one backbone.
+
+    Keys of the state dict: ``paths.{rung without its stop}.{...}`` and ``readers.{rung}.{...}``.
+    """
 
     def __init__(self, config: RevMuxConfig, hidden_size: int) -> None:
         super().__init__()
         self.config = config
+        self.paths, self.readers = nn.ModuleDict(), nn.ModuleDict()
         for rung in config.rungs:
-            self.add_module(str(rung), KINDS[rung.kind](rung, config, hidden_size))
+            if str(rung.path) not in self.paths:
+                path = PATHS[rung.kind](rung, config, hidden_size)
+                self.paths[str(rung.path)] = path
+            path = self._path(rung)
+            self.readers[str(rung)] = make_reader(rung, path, config, hidden_size)
+
+    def _path(self, rung: Rung) -> Path:
+        path = self.paths[str(rung.path)]
+        assert isinstance(path, Path)
+        return path
 
     def __getitem__(self, rung: Rung) -> RungAdapter:
         """The adapter of one rung; KeyError names those there are."""
         if rung not in self.config.rungs:
             known = ", ".join(map(str, self.config.rungs))
             raise KeyError(f"no adapter for rung {rung}; there are {known}")
-        adapter = self.get_submodule(str(rung))
-        assert isinstance(adapter, RungAdapter)
-        return adapter
+        reader = self.readers[str(rung)]
+        assert isinstance(reader, Reader)
+        return RungAdapter(rung, self._path(rung), reader)
 
     def items(self) -> Iterable[tuple[Rung, RungAdapter]]:
         """(rung, adapter), in the order of the config."""
         return [(rung, self[rung]) for rung in self.config.rungs]
+
+    def by_path(self) -> list[tuple[Path, list[RungAdapter]]]:
+        """Every path with the rungs that share it, in the order of the config."""
+        found: dict[Rung, list[RungAdapter]] = {}
+        for rung, adapter in self.items():
+            found.setdefault(rung.path, []).append(adapter)
+        return [(adapters[0].path, adapters) for adapters in found.values()]

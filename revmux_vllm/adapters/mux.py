@@ -7,47 +7,36 @@ on vLLM's flat batch in the engine.
 Three types, as the paper compares them (section 4; table 2 there): ``revmux`` mixes reversibly and
 separates by the inverse, ``ora`` mixes reversibly and separates freely, ``vanilla`` does both
 freely. Beyond the paper (docs/architecture.md has the reasons): one down-projection per stream,
-normalised rows before it and a learned scale after it, and a skip connection from what the prefill
-layers already know of a member into its own output.
+normalised rows before it, channel by channel the mean and spread of the backbone's own rows after
+it, and a skip connection from what the prefill layers already know of a member into its own output.
 """
 
 from abc import ABC, abstractmethod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from revmux_vllm.adapters.coupling import ReversibleCoupling
+from revmux_vllm.adapters.reading import Reader, three_layers
 
 
-class Adapter(nn.Module, ABC):
-    """Adapter of one width: N sequences in, one composite, N vectors out.
+class Multiplexer(nn.Module, ABC):
+    """N sequences in, one composite; and back, as far as the inverse goes.
 
     Args:
         width: streams N; must divide ``hidden_size``.
         hidden_size: D of the backbone.
-        inner_size: width of the demultiplexer's inner layers.
-        skip: let a member's own prefill state into its output.
     """
 
-    def __init__(self, width: int, hidden_size: int, inner_size: int, skip: bool = True) -> None:
+    def __init__(self, width: int, hidden_size: int) -> None:
         super().__init__()
         if hidden_size % width:
             raise ValueError(f"width {width} does not divide hidden_size {hidden_size}")
         self.width = width
         self.norm = nn.RMSNorm(hidden_size, eps=1e-6)
-        self.skip_norm = nn.RMSNorm(hidden_size, eps=1e-6) if skip else None
-        in_size, out_size = self.separated_size(hidden_size)
-        self.up = nn.Sequential(
-            nn.Linear(in_size + 2 * hidden_size * skip, inner_size),
-            nn.ReLU(),
-            nn.Linear(inner_size, inner_size),
-            nn.ReLU(),
-            nn.Linear(inner_size, out_size),
-        )
-
-    @abstractmethod
-    def separated_size(self, hidden_size: int) -> tuple[int, int]:
-        """Channels that ``up`` reads of a composite row, and channels that it makes."""
+        self.scale = nn.Parameter(torch.ones(hidden_size))
+        self.shift = nn.Parameter(torch.zeros(hidden_size))
 
     @abstractmethod
     def down_project(self, rows: Tensor, present: Tensor) -> Tensor:
@@ -62,42 +51,36 @@ class Adapter(nn.Module, ABC):
         """
 
     @abstractmethod
+    def combine(self, streams: Tensor) -> Tensor:
+        """Streams (R, N, S) to rows (R, D) of any scale."""
+
     def mix(self, streams: Tensor) -> Tensor:
         """Streams (R, N, S) to composite rows (R, D)."""
+        return self.combine(streams) * self.scale + self.shift
 
     def multiplex(self, rows: Tensor, present: Tensor) -> Tensor:
         """R composite rows (R, D) from rows (R, N, D) of the members; see ``down_project``."""
         return self.mix(self.down_project(rows, present))
 
-    @abstractmethod
-    def demultiplex(self, rows: Tensor, stream: Tensor, skip: Tensor | None) -> Tensor:
-        """Separate M members from the composite rows they are read at.
+    @torch.no_grad()
+    def match(self, rows: Tensor) -> None:
+        """Give composites of ``rows`` (R, N, D) the mean and spread that these have by channel.
 
-        Args:
-            rows: (M, D), the upper layers' output where each member is read.
-            stream: (M,) int64, which stream of its composite a member is.
-            skip: (M, 2, D), the member's own state after the prefill layers: at its pooled
-                position, and the mean over its tokens. None: answer from the composite alone.
-
-        Returns:
-            (M, D), what the backbone's head reads in place of its own pooled vector.
+        The upper layers are frozen and expect them, and channels differ a thousandfold.
         """
-
-    def _with_skip(self, separated: Tensor, skip: Tensor | None) -> Tensor:
-        if self.skip_norm is None:
-            return separated
-        if skip is None:
-            normed = separated.new_zeros(len(separated), 2 * self.skip_norm.weight.shape[0])
-        else:
-            normed = self.skip_norm(skip).flatten(-2)  # (M, 2D)
-        return torch.cat([separated, normed], dim=-1)
+        there = torch.ones(rows.shape[:2], dtype=torch.bool, device=rows.device)
+        combined = self.combine(self.down_project(rows, there))
+        std, mean = torch.std_mean(rows.flatten(0, 1), dim=0)
+        own_std, own_mean = torch.std_mean(combined, dim=0)
+        self.scale.copy_(std / own_std.clamp(min=1e-6))
+        self.shift.copy_(mean - own_mean * self.scale)
 
 
-class ReversiblyMixed(Adapter):
+class ReversiblyMixed(Multiplexer):
     """The multiplexer of ``revmux`` and ``ora``: D to D/N per stream, then the coupling."""
 
-    def __init__(self, width: int, hidden_size: int, inner_size: int, skip: bool = True) -> None:
-        super().__init__(width, hidden_size, inner_size, skip)
+    def __init__(self, width: int, hidden_size: int) -> None:
+        super().__init__(width, hidden_size)
         stream_size = hidden_size // width
         # In float32: there is no orthogonalisation in half precision.
         down = torch.empty(width, hidden_size, stream_size, dtype=torch.float32)  # (N, D, S)
@@ -105,47 +88,20 @@ class ReversiblyMixed(Adapter):
             nn.init.orthogonal_(weight)
         self.down = nn.Parameter(down.to(torch.get_default_dtype()))
         self.coupling = ReversibleCoupling(width, stream_size)
-        self.scale = nn.Parameter(torch.ones(hidden_size))
 
     def down_project(self, rows: Tensor, present: Tensor) -> Tensor:
         streams = torch.einsum("rnd,nds->rns", self.norm(rows), self.down)
         return streams * present.unsqueeze(-1)
 
-    def mix(self, streams: Tensor) -> Tensor:
-        return self.coupling(streams).flatten(-2) * self.scale
+    def combine(self, streams: Tensor) -> Tensor:
+        return self.coupling(streams).flatten(-2)
 
 
-class RevMuxAdapter(ReversiblyMixed):
-    """Separated by the inverse of the very coupling that mixed (paper section 3)."""
+class FreelyMixed(Multiplexer):
+    """The multiplexer of ``vanilla``: a D to D map per stream, then an MLP from N*D to 3D to D."""
 
-    def separated_size(self, hidden_size: int) -> tuple[int, int]:
-        return hidden_size // self.width, hidden_size
-
-    def demultiplex(self, rows: Tensor, stream: Tensor, skip: Tensor | None) -> Tensor:
-        streams = self.coupling.inverse(rows.unflatten(-1, (self.width, -1)))  # (M, N, S)
-        return self.up(self._with_skip(_own(streams, stream), skip))
-
-
-class FreelySeparated(Adapter):
-    """The demultiplexer of ``ora`` and ``vanilla``: an MLP from D to N*D."""
-
-    def separated_size(self, hidden_size: int) -> tuple[int, int]:
-        return hidden_size, self.width * hidden_size
-
-    def demultiplex(self, rows: Tensor, stream: Tensor, skip: Tensor | None) -> Tensor:
-        vectors = self.up(self._with_skip(rows, skip)).unflatten(-1, (self.width, -1))
-        return _own(vectors, stream)
-
-
-class OraAdapter(FreelySeparated, ReversiblyMixed):
-    """Only the multiplexer is reversible."""
-
-
-class VanillaAdapter(FreelySeparated):
-    """Nothing is reversible: a D to D map per stream, then an MLP from N*D to 3D to D."""
-
-    def __init__(self, width: int, hidden_size: int, inner_size: int, skip: bool = True) -> None:
-        super().__init__(width, hidden_size, inner_size, skip)
+    def __init__(self, width: int, hidden_size: int) -> None:
+        super().__init__(width, hidden_size)
         self.maps = nn.ModuleList(nn.Linear(hidden_size, hidden_size) for _ in range(width))
         self.mixer = nn.Sequential(
             nn.Linear(width * hidden_size, 3 * hidden_size),
@@ -158,8 +114,78 @@ class VanillaAdapter(FreelySeparated):
         streams = [own(normed[:, i]) for i, own in enumerate(self.maps)]
         return torch.stack(streams, dim=1) * present.unsqueeze(-1)  # (R, N, D)
 
-    def mix(self, streams: Tensor) -> Tensor:
+    def combine(self, streams: Tensor) -> Tensor:
         return self.mixer(streams.flatten(-2))
+
+
+class Demultiplexer(Reader):
+    """Members' vectors from the composite rows that they are read at, and what is known of them.
+
+    Args:
+        multiplexer: that mixed them.
+        hidden_size: D of the backbone.
+        inner_size: width of the inner layers.
+        skip: let a member's own prefill state into its output.
+    """
+
+    def __init__(
+        self, multiplexer: Multiplexer, hidden_size: int, inner_size: int, skip: bool
+    ) -> None:
+        super().__init__()
+        in_size, out_size = self.separated_size(multiplexer.width, hidden_size)
+        self.width = multiplexer.width
+        self.skip_norm = nn.RMSNorm(hidden_size, eps=1e-6) if skip else None
+        self.up = three_layers(in_size + 2 * hidden_size * skip, inner_size, out_size)
+        self._mixed_by = (multiplexer,)  # not a submodule: its weights are stored once, elsewhere
+
+    @staticmethod
+    @abstractmethod
+    def separated_size(width: int, hidden_size: int) -> tuple[int, int]:
+        """Channels that ``up`` reads of a composite row, and channels that it makes."""
+
+    def forward(self, rows: Tensor | None, stream: Tensor, skip: Tensor | None) -> Tensor:
+        """See ``Reader``; ``skip`` None: answer from the composite alone."""
+        assert rows is not None
+        return self.separate(rows, stream, skip)
+
+    @abstractmethod
+    def separate(self, rows: Tensor, stream: Tensor, skip: Tensor | None) -> Tensor:
+        """As ``forward``, where there are rows."""
+
+    def _with_skip(self, separated: Tensor, skip: Tensor | None) -> Tensor:
+        if self.skip_norm is None:
+            return separated
+        if skip is None:
+            normed = separated.new_zeros(len(separated), 2 * self.skip_norm.weight.shape[0])
+        else:
+            normed = self.skip_norm(skip).flatten(-2)  # (M, 2D)
+        return torch.cat([separated, normed], dim=-1)
+
+
+class Inverse(Demultiplexer):
+    """Separated by the inverse of the very coupling that mixed (paper section 3)."""
+
+    @staticmethod
+    def separated_size(width: int, hidden_size: int) -> tuple[int, int]:
+        return hidden_size // width, hidden_size
+
+    def separate(self, rows: Tensor, stream: Tensor, skip: Tensor | None) -> Tensor:
+        (mixed_by,) = self._mixed_by
+        assert isinstance(mixed_by, ReversiblyMixed)
+        streams = mixed_by.coupling.inverse(rows.unflatten(-1, (self.width, -1)))  # (M, N, S)
+        return self.up(self._with_skip(_own(streams, stream), skip))
+
+
+class Free(Demultiplexer):
+    """Of ``ora`` and ``vanilla``: an MLP from D to N*D."""
+
+    @staticmethod
+    def separated_size(width: int, hidden_size: int) -> tuple[int, int]:
+        return hidden_size, width * hidden_size
+
+    def separate(self, rows: Tensor, stream: Tensor, skip: Tensor | None) -> Tensor:
+        vectors = self.up(self._with_skip(rows, skip)).unflatten(-1, (self.width, -1))
+        return _own(vectors, stream)
 
 
 def _own(streams: Tensor, stream: Tensor) -> Tensor:
@@ -167,8 +193,15 @@ def _own(streams: Tensor, stream: Tensor) -> Tensor:
     return streams[torch.arange(len(stream), device=stream.device), stream]
 
 
-ADAPTERS: dict[str, type[Adapter]] = {
-    "revmux": RevMuxAdapter,
-    "ora": OraAdapter,
-    "vanilla": VanillaAdapter,
+class AdapterType(NamedTuple):
+    """What mixes and what separates."""
+
+    multiplexer: type[Multiplexer]
+    demultiplexer: type[Demultiplexer]
+
+
+ADAPTERS = {
+    "revmux": AdapterType(ReversiblyMixed, Inverse),
+    "ora": AdapterType(ReversiblyMixed, Free),
+    "vanilla": AdapterType(FreelyMixed, Free),
 }

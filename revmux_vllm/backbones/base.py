@@ -27,7 +27,7 @@ class Backbone(nn.Module, ABC):
     Attributes:
         config: the model's own config.
         layers: the layers between which it can be cut, first to last.
-        pools_first: the pooled row is a sequence's first one; else it is the last.
+        ends: which rows of a sequence are not like the others.
     """
 
     layers: list[nn.Module]
@@ -36,7 +36,7 @@ class Backbone(nn.Module, ABC):
         super().__init__()
         model.requires_grad_(False).eval()
         self.config = model.config
-        self.pools_first = family_of(model.config.model_type).pools_first
+        self.ends = family_of(model.config.model_type).ends
         assert head is not None
         self.prefill_layers = prefill_layers
         self.classifier = head
@@ -61,18 +61,35 @@ class Backbone(nn.Module, ABC):
     ) -> Tensor:
         """Token ids (B, T) of sequences of ``lengths`` (B,) to prefill states (B, T, D)."""
 
-    @abstractmethod
     def upper(self, rows: Tensor, lengths: Tensor, positions: Tensor | None = None) -> Tensor:
-        """Rows (G, T, D), of sequences or composites of ``lengths`` (G,), to final states
-        (G, T', D). T' is T, or 1 where a decoder speaks.
+        """Prefill states of sequences or composites to final states: ``between``, ``finish``."""
+        states = self.between(rows, lengths, positions, self.prefill_layers, self.num_layers)
+        return self.finish(states, lengths)
 
-        ``positions`` (G, T): of rows that are merged tokens; only a backbone whose every layer
-        knows absolute positions reads them. Default: 0 to T - 1.
+    @abstractmethod
+    def between(
+        self, rows: Tensor, lengths: Tensor, positions: Tensor | None, first: int, last: int
+    ) -> Tensor:
+        """Hidden states (G, T, D), of sequences or composites, through some of the layers.
+
+        Args:
+            rows: states before layer ``first``.
+            lengths: (G,) of the sequences.
+            positions: (G, T) of rows that are merged tokens; only a backbone whose every layer
+                knows absolute positions reads them. None: 0 to T - 1.
+            first, last: layers, from 0, ``last`` not among them.
         """
+
+    def finish(self, states: Tensor, lengths: Tensor) -> Tensor:
+        """States (G, T, D) after the last layer to final states (G, T', D).
+
+        T' is T, or 1 where a decoder speaks.
+        """
+        return states
 
     def pooled_position(self, lengths: Tensor) -> Tensor:
         """Which row of the prefill states speaks for a sequence: (B,) to (B,)."""
-        return lengths * 0 if self.pools_first else lengths - 1
+        return lengths * 0 if self.ends.pools_first else lengths - 1
 
     def output_position(self, lengths: Tensor) -> Tensor:
         """Which row of ``upper``'s result its answer is read at: (B,) to (B,)."""

@@ -18,25 +18,31 @@ class DecoderBackbone(Backbone):
     def __init__(self, model: Any, prefill_layers: int, head: nn.Module | None = None) -> None:
         super().__init__(model, prefill_layers, head or model.score)
         self.layers = list(model.model.layers)
-        self.lower_trunk = _cut(model.model, 0, prefill_layers)
-        self.upper_trunk = _cut(model.model, prefill_layers, self.num_layers)
-        self.lower_trunk.norm = nn.Identity()
+        self.trunk, self.norm = model.model, model.model.norm
 
     def lower(
         self, input_ids: Tensor, lengths: Tensor, token_type_ids: Tensor | None = None
     ) -> Tensor:
-        return self.lower_trunk(input_ids=input_ids, use_cache=False).last_hidden_state
+        trunk = _cut(self.trunk, 0, self.prefill_layers)
+        return trunk(input_ids=input_ids, use_cache=False).last_hidden_state
 
-    def upper(self, rows: Tensor, lengths: Tensor, positions: Tensor | None = None) -> Tensor:
+    def between(
+        self, rows: Tensor, lengths: Tensor, positions: Tensor | None, first: int, last: int
+    ) -> Tensor:
         # Without a mask transformers takes positions that skip for several packed sequences.
         mask = None if positions is None else inside(lengths, rows.shape[1]).long()
-        return self.upper_trunk(
+        return _cut(self.trunk, first, last)(
             inputs_embeds=rows, position_ids=positions, attention_mask=mask, use_cache=False
         ).last_hidden_state
 
+    def finish(self, states: Tensor, lengths: Tensor) -> Tensor:
+        return self.norm(states)
+
 
 def _cut(trunk: Any, start: int, stop: int) -> Any:
+    """Some layers of a trunk, without the final norm."""
     part = shared_copy(trunk)
+    part.norm = nn.Identity()
     part.layers = nn.ModuleList(trunk.layers[start:stop])
     part.config = copy.copy(trunk.config)
     part.config.num_hidden_layers = stop - start

@@ -16,21 +16,19 @@ class EncoderBackbone(Backbone):
         super().__init__(model, prefill_layers, head or FirstTokenHead(trunk.pooler, model))
         self.layers = list(trunk.encoder.layer)
         self.embeddings = trunk.embeddings
-        self.lower_encoder = shared_copy(trunk.encoder)
-        self.lower_encoder.layer = nn.ModuleList(self.layers[:prefill_layers])
-        self.upper_encoder = shared_copy(trunk.encoder)
-        self.upper_encoder.layer = nn.ModuleList(self.layers[prefill_layers:])
+        self.encoder = trunk.encoder
 
     def lower(
         self, input_ids: Tensor, lengths: Tensor, token_type_ids: Tensor | None = None
     ) -> Tensor:
         rows = self.embeddings(input_ids=input_ids, token_type_ids=token_type_ids)
-        return self._encode(self.lower_encoder, rows, lengths)
+        return self.between(rows, lengths, None, 0, self.prefill_layers)
 
-    def upper(self, rows: Tensor, lengths: Tensor, positions: Tensor | None = None) -> Tensor:
-        return self._encode(self.upper_encoder, rows, lengths)
-
-    def _encode(self, encoder: Any, rows: Tensor, lengths: Tensor) -> Tensor:
+    def between(
+        self, rows: Tensor, lengths: Tensor, positions: Tensor | None, first: int, last: int
+    ) -> Tensor:
+        encoder = shared_copy(self.encoder)
+        encoder.layer = nn.ModuleList(self.layers[first:last])
         mask = create_bidirectional_mask(
             config=self.config,
             inputs_embeds=rows,

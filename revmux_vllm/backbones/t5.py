@@ -17,16 +17,7 @@ class T5Backbone(Backbone):
     def __init__(self, model: Any, prefill_layers: int, head: nn.Module | None = None) -> None:
         super().__init__(model, prefill_layers, head)
         self.layers = list(model.encoder.block)
-        self.lower_encoder = shared_copy(model.encoder)
-        self.lower_encoder.block = nn.ModuleList(self.layers[:prefill_layers])
-        self.lower_encoder.final_layer_norm = nn.Identity()
-        self.upper_encoder = shared_copy(model.encoder)
-        self.upper_encoder.block = nn.ModuleList(
-            [
-                _with_position_bias(self.layers[prefill_layers], self.layers[0]),
-                *self.layers[prefill_layers + 1 :],
-            ]
-        )
+        self.encoder, self.norm = model.encoder, model.encoder.final_layer_norm
         self.decoder = model.decoder
         self.start_token = int(model.config.decoder_start_token_id)
 
@@ -34,18 +25,32 @@ class T5Backbone(Backbone):
         self, input_ids: Tensor, lengths: Tensor, token_type_ids: Tensor | None = None
     ) -> Tensor:
         mask = inside(lengths, input_ids.shape[1])
-        return self.lower_encoder(input_ids=input_ids, attention_mask=mask).last_hidden_state
+        encoder = self._layers(0, self.prefill_layers)
+        return encoder(input_ids=input_ids, attention_mask=mask).last_hidden_state
 
-    def upper(self, rows: Tensor, lengths: Tensor, positions: Tensor | None = None) -> Tensor:
+    def between(
+        self, rows: Tensor, lengths: Tensor, positions: Tensor | None, first: int, last: int
+    ) -> Tensor:
         mask = inside(lengths, rows.shape[1])
-        encoded = self.upper_encoder(inputs_embeds=rows, attention_mask=mask).last_hidden_state
-        start = torch.full((len(rows), 1), self.start_token, device=rows.device)
+        encoder = self._layers(first, last)
+        return encoder(inputs_embeds=rows, attention_mask=mask).last_hidden_state
+
+    def finish(self, states: Tensor, lengths: Tensor) -> Tensor:
+        start = torch.full((len(states), 1), self.start_token, device=states.device)
         return self.decoder(
             input_ids=start,
-            encoder_hidden_states=encoded,
-            encoder_attention_mask=mask,
+            encoder_hidden_states=self.norm(states),
+            encoder_attention_mask=inside(lengths, states.shape[1]),
             use_cache=False,
         ).last_hidden_state  # (G, 1, D)
+
+    def _layers(self, first: int, last: int) -> Any:
+        """Some blocks of the encoder, without its final norm."""
+        encoder = shared_copy(self.encoder)
+        begin = _with_position_bias(self.layers[first], self.layers[0])
+        encoder.block = nn.ModuleList([begin, *self.layers[first + 1 : last]])
+        encoder.final_layer_norm = nn.Identity()
+        return encoder
 
     def output_position(self, lengths: Tensor) -> Tensor:
         return lengths * 0

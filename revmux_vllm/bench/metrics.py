@@ -114,5 +114,5 @@ def mixed_layer_limit(counts: Mapping[str, int], prefill_layers: int, num_layers
         raise UserError("no request was counted at any rung", cure="is the revmux plugin active?")
     cost = 0.0
     for name, n in counts.items():
-        cost += n / layer_limit(Rung.parse(name).saving, prefill_layers, num_layers)
+        cost += n / layer_limit(Rung.parse(name), prefill_layers, num_layers)
     return total / cost

@@ -106,7 +106,8 @@ def rows_of(model: Model, rungs: tuple[Rung, ...] | None) -> list[Row]:
         problem = f"the checkpoint has no {', '.join(missing)}; it has {', '.join(map(str, own))}"
         raise UserError("`rungs`", problem)
     by_load = tuple(rung for rung in chosen if not rung.exit)
-    widest = max((Rung(), *by_load), key=lambda rung: rung.saving)
+    shape = model.config.prefill_layers, model.num_layers
+    widest = max((Rung(), *by_load), key=lambda rung: rung.saving(*shape))
     single = [Row(model, str(rung), rung, rung) for rung in chosen]
     if model.plain_architecture is not None:  # else it is the baseline
         single.insert(0, Row(model, ALONE, Rung(), Rung()))
@@ -213,7 +214,7 @@ def summary(
 ) -> dict[str, Any]:
     """Median and spread of one rung against the backbone alone, round by round."""
     ratios = [mine / theirs for mine, theirs in zip(rates, alone, strict=True)]
-    limit = layer_limit(rung.saving, cut, layers)
+    limit = layer_limit(rung, cut, layers)
     return {
         "rung": str(rung),
         "prefill_layers": cut,

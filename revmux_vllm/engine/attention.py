@@ -11,7 +11,7 @@ are garbage at the same speed.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,28 +30,33 @@ from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 from revmux_vllm.engine.layout import MuxLayout, make_layout
 from revmux_vllm.engine.steps import current_step
 from revmux_vllm.engine.transfer import sent
+from revmux_vllm.rungs import Ends
 
 
 def composite_metadata(
-    common: CommonAttentionMetadata, layout: MuxLayout[Tensor]
+    common: CommonAttentionMetadata, layout: MuxLayout[Tensor], first_layer: int
 ) -> CommonAttentionMetadata:
-    """``common`` with the composites in place of the batch's sequences. Both runners' only way."""
-    starts = torch.from_numpy(layout.host_starts)
+    """``common`` with the composites that reach a layer in place of the batch's sequences.
+
+    Both runners' only way.
+    """
+    num_groups, num_rows = layout.passing(first_layer)
+    starts = torch.from_numpy(layout.host_starts[: num_groups + 1])
     lengths = starts.diff()
     longest = int(lengths.max())
     return common.replace(
-        query_start_loc=layout.starts,
+        query_start_loc=layout.starts[: num_groups + 1],
         query_start_loc_cpu=starts,
-        seq_lens=layout.lengths,
+        seq_lens=layout.lengths[:num_groups],
         seq_lens_cpu_upper_bound=lengths,
-        num_reqs=len(lengths),
-        num_actual_tokens=layout.num_rows,
+        num_reqs=num_groups,
+        num_actual_tokens=num_rows,
         max_query_len=longest,
         max_seq_len=longest,
-        block_table_tensor=common.block_table_tensor[layout.carriers],
-        slot_mapping=common.slot_mapping[layout.carrier_rows],
-        positions=layout.places,
-        is_prefilling=torch.ones(len(lengths), dtype=torch.bool),
+        block_table_tensor=common.block_table_tensor[layout.carriers[:num_groups]],
+        slot_mapping=common.slot_mapping[layout.carrier_rows[:num_rows]],
+        positions=layout.places[:num_rows],
+        is_prefilling=torch.ones(num_groups, dtype=torch.bool),
         _num_computed_tokens_cache=None,
         _token_to_req_indices_cache=None,
     )
@@ -59,15 +64,16 @@ def composite_metadata(
 
 @functools.lru_cache
 def composite_attention_backend(
-    underlying: type[AttentionBackend], pools_first: bool, reads_sequences: bool
+    underlying: type[AttentionBackend], first_layer: int, ends: Ends, reads_sequences: bool
 ) -> type[AttentionBackend]:
-    """``underlying`` for upper layers: its metadata carries ``mux_layout``.
+    """``underlying`` for the upper layers from one on: its metadata carries ``mux_layout``.
 
     Where all run alone the metadata are vLLM's, untouched.
 
     Args:
         underlying: vLLM's choice.
-        pools_first: the pooled token is a sequence's first one; see ``make_layout``.
+        first_layer: of the layers that run on the same rows.
+        ends: which tokens of a sequence are not like the others.
         reads_sequences: the model needs the layout also where all run alone.
     """
     base: Any = underlying.get_builder_cls()
@@ -92,24 +98,26 @@ def composite_attention_backend(
             step = current_step()
             if step is None or (step.plan.all_alone and not reads_sequences):
                 return super().build(common_prefix_len, common_attn_metadata, fast_build)
-            starts = common_attn_metadata.query_start_loc_cpu[: common_attn_metadata.num_reqs + 1]
-            layout = sent(
-                make_layout(step.groups(), starts.numpy(), pools_first),
-                common_attn_metadata.query_start_loc.device,
-            )
+            if step.layout is None:
+                common = common_attn_metadata
+                starts = common.query_start_loc_cpu[: common.num_reqs + 1].numpy()
+                made = make_layout(step.groups(), starts, ends)
+                step.layout = sent(made, common.query_start_loc.device)
+            layout: MuxLayout[Tensor] = step.layout
             composites = common_attn_metadata
-            if layout.rungs and layout.num_rows:  # not where all exit: then no upper layer runs
-                composites = composite_metadata(common_attn_metadata, layout)
+            if layout.rungs and layout.passing(first_layer)[0]:  # else these layers do not run
+                composites = composite_metadata(common_attn_metadata, layout, first_layer)
             metadata = super().build(common_prefix_len, composites, fast_build)
             metadata.mux_layout = layout
             metadata.mux_slot_mapping = composites.slot_mapping
             return metadata
 
-    return subclass_attention_backend("Composite", underlying, CompositeBuilder)
+    # vLLM tells backends apart by their names.
+    return subclass_attention_backend(f"CompositeFrom{first_layer}", underlying, CompositeBuilder)
 
 
 def enter_upper_layers(
-    layer_names: list[str], padded_size: Callable[[int], int]
+    layer_names: Mapping[int, Sequence[str]], padded_size: Callable[[int], int]
 ) -> MuxLayout[Tensor] | None:
     """Point the upper layers' cache writes at their carriers; return the step's layout.
 
@@ -117,7 +125,8 @@ def enter_upper_layers(
     and in steps whose plan says so.
 
     Args:
-        layer_names: of the upper layers' attention.
+        layer_names: of the upper layers' attention, by the first of the layers that run on the same
+            rows.
         padded_size: how many rows they will run on, for so many that there are. vLLM has a slot for
             every row, and -1 for padding, which no backend writes.
     """
@@ -126,16 +135,20 @@ def enter_upper_layers(
         return None
     by_layer: dict[str, Any] = context.attn_metadata
     layout: MuxLayout[Tensor] | None
-    layout = getattr(by_layer.get(layer_names[0]), "mux_layout", None)
-    if layout is None or not layout.rungs or not layout.num_rows:
+    layout = getattr(by_layer.get(next(iter(layer_names.values()))[0]), "mux_layout", None)
+    if layout is None or not layout.rungs:
         return layout
     assert isinstance(context.slot_mapping, dict)
-    slots = by_layer[layer_names[0]].mux_slot_mapping
-    num_padding = padded_size(layout.num_rows) - layout.num_rows
-    padded = nn.functional.pad(slots, (0, num_padding), value=PAD_SLOT_ID) if num_padding else slots
-    for name in layer_names:
-        assert by_layer[name].mux_slot_mapping is slots, (
-            "upper layers of one kind share their slots"
-        )
-        context.slot_mapping[name] = padded
+    for first_layer, names in layer_names.items():
+        _, num_rows = layout.passing(first_layer)
+        if not num_rows:
+            break
+        slots = by_layer[names[0]].mux_slot_mapping
+        padding = padded_size(num_rows) - num_rows
+        padded = nn.functional.pad(slots, (0, padding), value=PAD_SLOT_ID) if padding else slots
+        for name in names:
+            assert by_layer[name].mux_slot_mapping is slots, (
+                "upper layers of one kind share their slots"
+            )
+            context.slot_mapping[name] = padded
     return layout

@@ -13,7 +13,7 @@ from revmux_vllm.engine.environment import set_inside
 from revmux_vllm.engine.platform import native_dtype
 from revmux_vllm.planning.options import Options
 from revmux_vllm.planning.planner import StepPlanner
-from revmux_vllm.planning.policy import ByLoad, Fixed
+from revmux_vllm.planning.policy import ByLoad
 from revmux_vllm.rungs import Rung
 
 Prompt = str | Sequence[int]
@@ -79,7 +79,7 @@ class InProcessEngine:
         """
         planner = self.planner
         if isinstance(rungs, Rung):
-            planner.policy = Fixed(planner.config.kind(rungs))
+            planner.fix(planner.config.kind(rungs))
         else:
             options = Options(rungs=rungs)
             planner.policy = ByLoad(planner.config, options, planner.costs, planner.budgets)

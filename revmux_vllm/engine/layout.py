@@ -1,10 +1,11 @@
 """Where every row of a step comes from and goes to: index arithmetic, no vLLM.
 
 The lower layers run on the batch's tokens as vLLM laid them out. The upper layers run on the
-*upper rows*: composites sorted by rung, each as long as its carrier, which is shorter than the
-carrier's tokens where tokens merge. ``MuxLayout`` says which token rows feed which upper row, which
-upper row each sequence is read at, and how the attention metadata of the upper layers follows from
-the batch's.
+*upper rows*: composites sorted by where they stop, the last ones first, and by rung, each as long
+as its carrier, which is shorter than the carrier's tokens where tokens merge. So behind a stop the
+rows that go on are the first ones, and nothing moves. ``MuxLayout`` says which token rows feed
+which upper row, which upper row each sequence is read at, and how the attention metadata of the
+upper layers follows from the batch's.
 """
 
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from revmux_vllm.adapters.merging import merged_tokens
-from revmux_vllm.rungs import Rung, row_counts
+from revmux_vllm.rungs import Ends, Rung, row_counts
 
 A = TypeVar("A", np.ndarray, Tensor)
 """Indices are arrays where they are made, and tensors of the device where they are used."""
@@ -40,6 +41,8 @@ class RungLayout(Generic[A]):
         present: (R, N) bool, False where the member has ended.
         read_at: (M,) upper row at which each member is read, counted over all rungs; None where
             there is none.
+        sinks: (R,) bool, upper rows that are attention sinks; None where no row is mixed, or none
+            is one.
         stream: (M,) stream of each member.
         sequence: (M,) row of the batch of each member.
         pooled_token: (M,) token row that speaks for each member.
@@ -51,6 +54,7 @@ class RungLayout(Generic[A]):
     rows: A
     present: A
     read_at: A | None
+    sinks: A | None
     stream: A
     sequence: A
     pooled_token: A
@@ -74,6 +78,8 @@ class MuxLayout(Generic[A]):
         sequence_starts: (B,) first token row of every sequence.
         pooled_token: (B,) token row that speaks for every sequence.
         host_starts: ``starts`` as an array.
+        host_stops: (G,) layer after which every composite is read, the highest first; infinite for
+            the end.
         host_sequence_lengths: (B,) tokens of every sequence, as an array.
     """
 
@@ -89,6 +95,7 @@ class MuxLayout(Generic[A]):
     sequence_starts: A
     pooled_token: A
     host_starts: np.ndarray = field(metadata={"host": True})
+    host_stops: np.ndarray = field(metadata={"host": True})
     host_sequence_lengths: np.ndarray = field(metadata={"host": True})
 
     @property
@@ -101,12 +108,17 @@ class MuxLayout(Generic[A]):
         """Of all sequences."""
         return len(self.sequence_of_token)
 
+    def passing(self, layer: int) -> tuple[int, int]:
+        """Composites, and their rows, that go on behind so many layers: the first ones."""
+        groups = int((self.host_stops > layer).sum())
+        return groups, int(self.host_starts[groups])
+
 
 # Long because the indices of a step hang together: each is made from the ones before it.
 def make_layout(
     groups: Sequence[tuple[Rung, Sequence[int]]],
     starts: np.ndarray,
-    pools_first: bool = False,
+    ends: Ends,
 ) -> MuxLayout[np.ndarray]:
     """Lay out the composites ``groups``.
 
@@ -114,7 +126,7 @@ def make_layout(
         groups: rung and batch rows of each composite, carrier (the longest) first; every row of the
             batch in exactly one.
         starts: (B + 1,) first token row of every sequence, and the number of tokens.
-        pools_first: the pooled token is a sequence's first one; else it is the last.
+        ends: which tokens of a sequence are not like the others.
 
     Raises:
         ValueError: if a row of the batch stands in no group or in two, or a carrier is shorter
@@ -125,18 +137,18 @@ def make_layout(
     if sorted(row for _, group in groups for row in group) != list(range(len(lengths))):
         raise ValueError(f"groups do not cover the batch's {len(lengths)} rows once: {groups}")
     exits = np.array([row for rung, group in groups if rung.exit for row in group], np.int64)
-    ordered = sorted((g for g in groups if not g[0].exit), key=lambda group: group[0])
+    ordered = sorted((g for g in groups if not g[0].exit), key=lambda group: _upper_order(group[0]))
     tables = [np.array(group, np.int64) for _, group in ordered]
     carriers = np.array([table[0] for table in tables], np.int64)
     shortening = np.array([rung.shortening for rung, _ in ordered], np.int64)
-    rows_of = row_counts(lengths[carriers], shortening)
+    rows_of = row_counts(lengths[carriers], shortening, ends)
     upper_starts = np.concatenate([[0], np.cumsum(rows_of)])
     place = np.arange(upper_starts[-1]) - np.repeat(upper_starts[:-1], rows_of)
     positions = place.copy()
-    speaks = starts[:-1] if pools_first else starts[1:] - 1
+    speaks = starts[:-1] if ends.pools_first else starts[1:] - 1
 
     parts, num_alone = [_exits(exits, speaks)] if len(exits) else [], 0
-    for rung in sorted({rung for rung, _ in ordered}):
+    for rung in sorted({rung for rung, _ in ordered}, key=_upper_order):
         index = [g for g, (at, _) in enumerate(ordered) if at == rung]
         first, last = upper_starts[index[0]], upper_starts[index[-1] + 1]
         if rung == Rung():
@@ -148,11 +160,13 @@ def make_layout(
         source = _tokens(table, starts)
         if rung.shortening > 1:
             factor = rung.shortening
-            source, positions[first:last] = _merged(factor, table, starts, pools_first)
+            source, positions[first:last] = _merged(factor, table, starts, ends)
         at = np.repeat(np.arange(len(table)), rows_of[index])  # (R,) composite
-        pooled = source.num_rows * 0 if pools_first else source.num_rows - 1
+        pooled = source.num_rows * 0 if ends.pools_first else source.num_rows - 1
         read_at = upper_starts[index][:, None] + pooled
-        parts.append(_rung_layout(rung, table, source, at, place[first:last], read_at, speaks))
+        sinks = place[first:last] == 0 if ends.has_sink and rung.mux > 1 else None
+        part = _rung_layout(rung, table, source, at, place[first:last], read_at, sinks, speaks)
+        parts.append(part)
     carrier_rows = np.repeat(starts[carriers], rows_of) + place
     host_starts = upper_starts.astype(np.int32)
     return MuxLayout(
@@ -168,8 +182,17 @@ def make_layout(
         sequence_starts=starts[:-1],
         pooled_token=speaks,
         host_starts=host_starts,
+        host_stops=np.array([_depth(rung) for rung, _ in ordered]),
         host_sequence_lengths=lengths,
     )
+
+
+def _depth(rung: Rung) -> float:
+    return rung.stop or np.inf
+
+
+def _upper_order(rung: Rung) -> tuple[float, Rung]:
+    return -_depth(rung), rung
 
 
 def _rung_layout(
@@ -179,6 +202,7 @@ def _rung_layout(
     at: np.ndarray,
     place: np.ndarray,
     read_at: np.ndarray,
+    sinks: np.ndarray | None,
     speaks: np.ndarray,
 ) -> RungLayout[np.ndarray]:
     """Of a rung with upper rows.
@@ -189,6 +213,7 @@ def _rung_layout(
         at: (R,) which of the G composites every upper row is of.
         place: (R,) of every upper row in it.
         read_at: (G, N) upper row at which each member is read.
+        sinks: as in ``RungLayout``.
         speaks: (B,) token row that speaks for every sequence.
     """
     present = place[:, None] < source.num_rows[at]
@@ -199,6 +224,7 @@ def _rung_layout(
         rows=source.starts[at] + np.where(present, place[:, None], 0),
         present=present,
         read_at=read_at.ravel(),
+        sinks=sinks,
         stream=np.tile(np.arange(rung.mux), len(table)),
         sequence=table.ravel(),
         pooled_token=speaks[table.ravel()],
@@ -214,6 +240,7 @@ def _exits(sequences: np.ndarray, speaks: np.ndarray) -> RungLayout[np.ndarray]:
         rows=np.zeros((0, 1), np.int64),
         present=np.zeros((0, 1), bool),
         read_at=None,
+        sinks=None,
         stream=np.zeros_like(sequences),
         sequence=sequences,
         pooled_token=speaks[sequences],
@@ -242,11 +269,11 @@ def _tokens(table: np.ndarray, starts: np.ndarray) -> _Source:
 
 
 def _merged(
-    factor: int, table: np.ndarray, starts: np.ndarray, pools_first: bool
+    factor: int, table: np.ndarray, starts: np.ndarray, ends: Ends
 ) -> tuple[_Source, np.ndarray]:
     """Merged tokens of all members, and the positions (R,) of the carriers' rows."""
     flat = torch.from_numpy(np.diff(starts)[table].ravel())
-    own, counts = (t.numpy() for t in merged_tokens(flat, factor, pools_first))  # (G*N, R', M)
+    own, counts = (t.numpy() for t in merged_tokens(flat, factor, ends))  # (G*N, R', M)
     inside = np.arange(own.shape[1]) < counts[:, None]
     merged = own[inside] >= 0  # (P, M)
     first_tokens = starts[table].reshape(-1, 1, 1)

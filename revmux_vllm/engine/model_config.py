@@ -81,7 +81,7 @@ def _cap_length(vllm_config: "VllmConfig") -> None:
     model = vllm_config.model_config
     positions = most_positions(model.hf_config)
     if (
-        family_of(model.hf_config.model_type).pools_first
+        family_of(model.hf_config.model_type).ends.pools_first
         and positions
         and model.max_model_len > positions
     ):

@@ -52,7 +52,7 @@ def _refused_tasks(vllm_config: "VllmConfig") -> Iterator[str]:
         yield f"--enable-lora: adapters of another kind; {_LEAVE_OUT}"
     if vllm_config.speculative_config is not None:
         yield f"--speculative-config: a classifier decodes nothing; {_LEAVE_OUT}"
-    read_at = "CLS" if _family(vllm_config).pools_first else "LAST"
+    read_at = "CLS" if _family(vllm_config).ends.pools_first else "LAST"
     pooler = model.pooler_config
     if pooler is not None and pooler.seq_pooling_type not in (None, read_at):
         yield (
@@ -70,7 +70,7 @@ def _refused_scheduling(vllm_config: "VllmConfig") -> Iterator[str]:
     """Who schedules, and what would cut a sequence that must run whole."""
     scheduler = vllm_config.scheduler_config
     family = _family(vllm_config)
-    if scheduler.enable_chunked_prefill and (family.pools_first or not family.has_kv_cache):
+    if scheduler.enable_chunked_prefill and (family.ends.pools_first or not family.has_kv_cache):
         yield (
             f"--enable-chunked-prefill: every token of a {family.model_type} sequence sees all "
             f"others, so it must run whole; {_LEAVE_OUT}"

@@ -23,12 +23,12 @@ class StepTimes:
 
     Attributes:
         tokens: rows of the lower layers.
-        rows: of the upper ones.
+        rows: of an upper one, on average: some stop earlier than others.
         seconds: by stage.
     """
 
     tokens: int
-    rows: int
+    rows: float
     seconds: dict[str, float]
 
 
@@ -42,7 +42,7 @@ class MarkedPass:
     """
 
     tokens: int
-    rows: int
+    rows: float
     marks: list[tuple[str, Any]]
 
     def times(self) -> StepTimes:
@@ -69,7 +69,7 @@ class StageClock:
         """``stage`` has ended."""
         self._marks.append((stage, self._now()))
 
-    def finish(self, tokens: int, rows: int) -> None:
+    def finish(self, tokens: int, rows: float) -> None:
         """The pass has ended."""
         self._finished.append(MarkedPass(tokens, rows, self._marks))
 

@@ -7,7 +7,8 @@ request id, and the runner's seam says which row each request has: V1's batch by
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from revmux_vllm.planning.packing import MuxPlan
 from revmux_vllm.rungs import Rung
@@ -21,10 +22,12 @@ class StepPlan:
         plan: composites by request id.
         row_of: request id to row of the batch. The model runner fills it while it prepares the
             step, so it is read only when metadata is built. None until V2's seam knows it.
+        layout: of the step, once the first builder has made it; the others take it from here.
     """
 
     plan: MuxPlan
     row_of: Mapping[str, int] | None = None
+    layout: Any = field(default=None, repr=False)
 
     def groups(self) -> list[tuple[Rung, tuple[int, ...]]]:
         """Composites by row of the batch, carrier first, and their rungs."""

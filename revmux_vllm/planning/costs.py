@@ -8,6 +8,8 @@ step is two measurements of the same line. Attention's quadratic part is left ou
 import math
 from dataclasses import dataclass
 
+from revmux_vllm.rungs import Rung
+
 FORGET = 0.98
 """Weight that a measurement keeps when the next one comes: the last fifty or so count."""
 RIDGE = 0.02
@@ -29,21 +31,26 @@ class LayerCosts:
         self._sums = [0.0] * 5
         self._seen_overhead = False
 
+    def saving(self, rung: Rung) -> float:
+        """How many times less the upper layers compute for a rung."""
+        return rung.saving(self.lower, self.lower + self.upper)
+
     @property
     def known(self) -> bool:
         """Whether anything was measured yet."""
         return self._sums[0] > 0
 
-    def observe(self, num_layers: int, rows: int, seconds: float) -> None:
-        """So many layers took so long over so many rows."""
-        if rows < 1 or num_layers < 1:
+    def observe(self, num_layers: int, rows: float, seconds: float) -> None:
+        """So many layers took so long over so many rows each."""
+        if rows <= 0 or num_layers < 1:
             return
         y = seconds / num_layers
         new = (1.0, rows, y, rows**2, rows * y)
         self._sums = [FORGET * old + own for old, own in zip(self._sums, new, strict=True)]
 
-    def observe_pass(self, tokens: int, rows: int, lower_s: float, upper_s: float) -> None:
-        """A forward pass took so long below the cut, over tokens, and above it, over rows."""
+    def observe_pass(self, tokens: int, rows: float, lower_s: float, upper_s: float) -> None:
+        """A forward pass took so long below the cut, over tokens, and above it, over rows: the
+        mean of all upper layers, where some rows stop earlier."""
         self.observe(self.lower, tokens, lower_s)
         self.observe(self.upper, rows, upper_s)
 

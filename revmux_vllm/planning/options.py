@@ -60,7 +60,7 @@ def fixed_rung(options: Options) -> Rung:
     """The rung that a policy ``fixed:N`` or ``fixed:RUNG`` names; UserError for any other."""
     kind, _, name = str(options.policy).partition(":")
     names = {str(rung): rung for rung in options.rungs}
-    names |= {str(rung.mux): rung for rung in options.rungs if rung.shortening == 1 < rung.mux}
+    names |= {str(rung.mux): rung for rung in options.rungs if rung == Rung(mux=rung.mux)}
     if kind != "fixed" or name not in names:
         choices = ["load", "off", *(f"fixed:{choice}" for choice in names)]
         raise UserError("`policy`", expected=f"one of {', '.join(choices)}", found=options.policy)
@@ -69,7 +69,7 @@ def fixed_rung(options: Options) -> Rung:
 
 def _read(given: dict[str, Any], config: RevMuxConfig) -> Options:
     widths = sorted({1, *(rung.mux for rung in config.rungs)})
-    savings = sorted({1, *(int(rung.saving) for rung in config.rungs if not rung.exit)})
+    savings = sorted({1, *(rung.shortening * rung.mux for rung in config.rungs)})
     max_width = _one_of("max_width", given.get("max_width", widths[-1]), widths)
     _one_of("min_width", given.get("min_width", 1), savings)
     for key, above in (("target_ms", ", above 0"), ("linger_ms", "")):

@@ -101,14 +101,14 @@ def pack_rungs(
     exact: Collection[int] = (),
     max_tokens: float = math.inf,
 ) -> list[Packed]:
-    """``pack`` for the cheapest of ``rungs``, narrower ones as merged as it for what is left.
+    """``pack`` for the widest of ``rungs``, narrower ones for what is left.
 
-    What is left without a partner runs at the rung that merges as much, or else at the cheapest one
-    that needs no partner, which is the backbone alone if nothing merges.
+    What is left without a partner runs at the one of them that needs none, or else on the backbone
+    alone.
 
     Args:
         lengths, domains, max_tokens: as for ``pack``.
-        rungs: that may be used; the backbone alone always may.
+        rungs: that may be used, all of one way; the backbone alone always may.
         exact: indices of those that run on the backbone alone whatever else may be used.
     """
     if exact:
@@ -119,14 +119,7 @@ def pack_rungs(
             *((rung, tuple(others[i] for i in group)) for rung, group in packed),
             *((Rung(), (i,)) for i in sorted(exact)),
         ]
-    ladder = [Rung(), *rungs]
-    cheapest = max(ladder, key=lambda rung: (rung.saving, -rung.mux))
-    alone = max(
-        (rung for rung in ladder if rung.mux == 1),
-        key=lambda rung: (rung.way == cheapest.way and rung.shortening > 1, rung.saving),
-    )
-    kind = [rung for rung in ladder if rung.way == cheapest.way and rung.mux > 1]
-    by_width = {1: alone} | ({rung.mux: rung for rung in kind} if cheapest.mux > 1 else {})
+    by_width = {1: Rung()} | {rung.mux: rung for rung in rungs}
     groups = pack(lengths, by_width, domains, max_tokens)
     return [(by_width[len(group)], group) for group in groups]
 

@@ -21,7 +21,7 @@ from revmux_vllm.config import RevMuxConfig
 from revmux_vllm.planning.costs import ArrivalRate, Backlog, Budgets, LayerCosts
 from revmux_vllm.planning.options import Options
 from revmux_vllm.planning.packing import MuxPlan, fallbacks, first_of, pack_rungs
-from revmux_vllm.planning.policy import Policy, make_policy
+from revmux_vllm.planning.policy import Fixed, Policy, make_policy
 from revmux_vllm.rungs import Rung
 
 RATE_HORIZONS = 5
@@ -103,6 +103,10 @@ class StepPlanner:
         self.counts: Counts = Counter()
         self._chose_at_s = now_s
         self._lingering_since_s: float | None = None
+
+    def fix(self, rungs: tuple[Rung, ...]) -> None:
+        """Answer at these rungs from now on, all of one way; none is the backbone alone."""
+        self.policy = Fixed(rungs, self.costs)
 
     @property
     def window(self) -> int:

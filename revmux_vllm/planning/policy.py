@@ -53,14 +53,14 @@ class Fixed:
     alone_because = "policy"
     defers = False
 
-    def __init__(self, rungs: tuple[Rung, ...]) -> None:
+    def __init__(self, rungs: tuple[Rung, ...], costs: LayerCosts) -> None:
         self._rungs = rungs
+        self._saving = max(map(costs.saving, rungs), default=1.0)
 
     @property
     def savings(self) -> tuple[float, float]:
         """Both are the cheapest rung's."""
-        cheapest = max((rung.saving for rung in self._rungs), default=1)
-        return cheapest, cheapest
+        return self._saving, self._saving
 
     def rungs(self, backlog: Backlog) -> tuple[Rung, ...]:
         """The same ones whatever waits."""
@@ -92,15 +92,15 @@ class ByLoad:
         self.horizon_s = options.target_ms / 1000
         # Where two save as much the one that needs fewer partners is used.
         widest_first = sorted((Rung(), *options.rungs), key=lambda rung: -rung.mux)
-        by_saving = {rung.saving: rung for rung in widest_first}
+        by_saving = {costs.saving(rung): rung for rung in widest_first}
         levels = [by_saving[saving] for saving in sorted(by_saving)]
-        self.levels = [r for r in levels if r.saving >= options.min_width] or levels[-1:]
+        self.levels = [r for r in levels if costs.saving(r) >= options.min_width] or levels[-1:]
         self.level = 0
 
     @property
     def savings(self) -> tuple[float, float]:
         """Of the level, and of the highest one."""
-        return self.levels[self.level].saving, self.levels[-1].saving
+        return self.costs.saving(self.levels[self.level]), self.costs.saving(self.levels[-1])
 
     def rungs(self, backlog: Backlog) -> tuple[Rung, ...]:
         """Widen at once when the horizon is missed, narrow with room to spare."""
@@ -125,7 +125,7 @@ class ByLoad:
         requests = backlog.num_requests * tokens / max(1.0, backlog.num_tokens)
         most = self.budgets
         num_steps = math.ceil(max(tokens / most.max_tokens, requests / most.max_requests))
-        rows = tokens / self.levels[level].saving
+        rows = tokens / self.costs.saving(self.levels[level])
         if not self.costs.known:
             return self.costs.whole_tokens(tokens, rows) / (ASSUMED_STEPS * most.max_tokens)
         return self.costs.seconds(tokens, rows, num_steps) / self.horizon_s
@@ -138,4 +138,4 @@ def make_policy(
     if options.policy == "load":
         return ByLoad(config, options, costs, budgets)
     rung = Rung() if options.policy == "off" else fixed_rung(options)
-    return Fixed(tuple(r for r in config.kind(rung) if r in options.rungs))
+    return Fixed(tuple(r for r in config.kind(rung) if r in options.rungs), costs)

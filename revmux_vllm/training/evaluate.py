@@ -111,7 +111,7 @@ def evaluate(
     for rung, classes in answers.items():
         report["rungs"][str(rung)] = {
             "prefill_layers": config.prefill_layers,
-            "layer_limit": layer_limit(rung.saving, config.prefill_layers, backbone.num_layers),
+            "layer_limit": layer_limit(rung, config.prefill_layers, backbone.num_layers),
             "speedup": costs.speedup(ladder, rung),
             "accuracy": _summary([_share(c == features.labels) for c in classes]),
             "agreement": _summary([_share(c == own) for c in classes]),

@@ -8,19 +8,21 @@ from safetensors.torch import load_file
 from safetensors.torch import save as serialize
 from torch import nn
 
-from revmux_vllm.adapters.exits import ExitHead
+from revmux_vllm.adapters.reading import ExitHead
 from revmux_vllm.checkpoint import write_whole
+from revmux_vllm.config import RevMuxConfig
 
-MOST_EXITS = 5
+MOST_EXITS = 9
 # In a folder of its own: vLLM reads every safetensors file that lies beside config.json.
 EXIT_FILE = Path("early_exit") / "exits.safetensors"
 
 
-def exit_layers(prefill_layers: int, num_layers: int) -> list[int]:
-    """After which layers to measure early exit: the cut, and at most five evenly spread."""
+def exit_layers(config: RevMuxConfig, num_layers: int) -> list[int]:
+    """After which layers to measure early exit: the cut, stops, and at most nine evenly spread."""
     count = min(MOST_EXITS, num_layers - 1)
     spread = {round((i + 1) * num_layers / (count + 1)) for i in range(count)}
-    return sorted(spread | {prefill_layers})
+    stops = {rung.stop for rung in config.rungs if rung.stop}
+    return sorted(spread | stops | {config.prefill_layers})
 
 
 def make_exits(

@@ -1,14 +1,14 @@
 """What is trained: the losses of every rung, and of the early exits beside them, on one batch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from revmux_vllm.adapters.kinds import AdapterLadder
+from revmux_vllm.adapters.kinds import AdapterLadder, RungAdapter
 from revmux_vllm.backbones.base import Backbone
 from revmux_vllm.families import family_of
-from revmux_vllm.reference import run_upper
+from revmux_vllm.reference import Passed, run_path
 from revmux_vllm.training.losses import (
     answer_loss,
     info_nce,
@@ -26,7 +26,8 @@ class LadderModel(nn.Module):
     Args:
         backbone: cut as ``ladder`` wants it.
         ladder: the adapters.
-        exits: one head per layer of ``Features.exits``, in that order, by the layer's number.
+        exits: one head per layer of ``Features.exits``, in that order, by the layer's number; the
+            cut is among them, and every stop of a rung that changes no rows.
         paper_loss: see ``Recipe``.
     """
 
@@ -61,25 +62,43 @@ class LadderModel(nn.Module):
         While measuring, early exits are left out: the best checkpoint is the adapters' best.
         """
         losses = {}
-        for rung, adapter in self.ladder.items():
-            group = self._groups(lengths, rung.mux)
-            own, own_lengths, rows = hidden[group], lengths[group], group.flatten()
+        for path, adapters in self.ladder.by_path():
+            group = self._groups(lengths, adapters[0].rung.mux)
+            rows = group.flatten()
             target = labels[rows], teacher_logits[rows], teacher_vectors[rows]
-            passed = run_upper(self.backbone, adapter, own, own_lengths)
-            # A composite that has the skip must answer without it too; see ``Recipe.skip``.
-            both = self.training and self.ladder.config.skip and adapter.read_without_skip
-            parts = [
-                self._member_loss(passed.read(with_skip), *target)
-                for with_skip in ((True, False) if both else (True,))
-            ]
-            losses[f"loss_{rung}"] = torch.stack(parts).mean()
+            if list(path.parameters()):
+                passed = run_path(self.backbone, adapters, hidden[group], lengths[group])
+            else:
+                passed = self._seen(adapters, exit_states[rows])
+            for adapter in adapters:
+                # A composite that has the skip must answer without it too; see ``Recipe.skip``.
+                both = self.training and self.ladder.config.skip and adapter.read_without_skip
+                parts = [
+                    self._member_loss(passed.read(adapter, with_skip), *target)
+                    for with_skip in ((True, False) if both else (True,))
+                ]
+                losses[f"loss_{adapter.rung}"] = torch.stack(parts).mean()
             if self.paper_loss and passed.streams is not None:
-                losses[f"loss_streams_{rung}"] = stream_similarity(passed.streams)
+                losses[f"loss_streams_{adapters[0].rung.path}"] = stream_similarity(passed.streams)
         for place, (layer, head) in enumerate(self.exits.items() if self.training else ()):
             losses[f"loss_exit_{layer}"] = answer_loss(
                 head(exit_states[:, place]), labels, teacher_logits
             )
         return {"loss": torch.stack(list(losses.values())).sum()} | losses
+
+    def _seen(self, adapters: Sequence[RungAdapter], exit_states: Tensor) -> Passed:
+        """What a path that changes nothing would give: it was seen with the features.
+
+        ``exit_states``: (B, E, 2, D).
+        """
+        places = {int(layer): place for place, layer in enumerate(self.exits)}
+        stops = {adapter.rung.stop for adapter in adapters} - {0}
+        return Passed(
+            rows={stop: exit_states[:, places[stop], 0] for stop in stops},
+            stream=torch.zeros(len(exit_states), dtype=torch.long, device=exit_states.device),
+            skip=exit_states[:, places[self.backbone.prefill_layers]],
+            streams=None,
+        )
 
     def _member_loss(
         self, vectors: Tensor, labels: Tensor, teacher_logits: Tensor, teacher_vectors: Tensor

@@ -18,6 +18,7 @@ from revmux_vllm.training.evaluate import evaluate
 from revmux_vllm.training.exits import exit_layers, make_exits, save_exits
 from revmux_vllm.training.features import Features, extract
 from revmux_vllm.training.ladder_model import LadderModel
+from revmux_vllm.training.matching import match_composites
 from revmux_vllm.training.options import AUTO, STORE_DTYPES, TrainOptions
 from revmux_vllm.training.plot import plot_report
 
@@ -66,6 +67,8 @@ def fit(
     options, size = task.options, backbone.hidden_size
     set_seed(options.seed)
     ladder = AdapterLadder(task.config, size)
+    if not options.recipe.paper_loss:
+        match_composites(ladder, backbone, features)
     layers = _exit_layers(task, backbone)
     exits = make_exits(layers, size, options.adapter_hidden_size, len(task.names))
     model = LadderModel(backbone, ladder, exits, options.recipe.paper_loss)
@@ -111,7 +114,7 @@ def write(
 
 
 def _exit_layers(task: Task, backbone: Backbone) -> list[int]:
-    return exit_layers(task.config.prefill_layers, backbone.num_layers)
+    return exit_layers(task.config, backbone.num_layers)
 
 
 def _features_of(task: Task, backbone: Backbone, rows: data.LabelledText) -> Features:

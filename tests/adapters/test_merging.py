@@ -7,27 +7,28 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from revmux_vllm.adapters.merging import Refiner, TokenMerge, merged_tokens
-from revmux_vllm.rungs import Rung, parse_rungs
+from revmux_vllm.adapters.merging import TokenMerge, merged_tokens
+from revmux_vllm.adapters.reading import Refiner
+from revmux_vllm.rungs import Ends, Rung, parse_rungs
 
 
 @given(
     lengths=st.lists(st.integers(1, 20), min_size=1, max_size=8),
     factor=st.integers(2, 5),
-    pools_first=st.booleans(),
+    ends=st.builds(Ends, st.booleans(), st.booleans()),
 )
-def test_every_token_is_in_one_row_and_the_pooled_one_alone(
-    lengths: list[int], factor: int, pools_first: bool
+def test_every_token_is_in_one_row_and_those_kept_alone(
+    lengths: list[int], factor: int, ends: Ends
 ) -> None:
-    tokens, num_rows = merged_tokens(torch.tensor(lengths), factor, pools_first)
+    tokens, num_rows = merged_tokens(torch.tensor(lengths), factor, ends)
     for own, count, length in zip(tokens.tolist(), num_rows.tolist(), lengths, strict=True):
         rows = [[token for token in row if token >= 0] for row in own]
         assert [token for row in rows for token in row] == list(range(length)), "in order, once"
         assert all(rows[:count])
         assert not any(rows[count:])
-        pooled = 0 if pools_first else count - 1
-        assert rows[pooled] == [0 if pools_first else length - 1]
-        others = [row for i, row in enumerate(rows[:count]) if i != pooled]
+        kept = {0} if ends.pools_first else {length - 1} | ({0} if ends.has_sink else set())
+        assert all([token] in rows for token in kept)
+        others = [row for row in rows[:count] if not kept.intersection(row)]
         assert all(len(row) == factor for row in others[:-1])
         assert all(row[0] == own[i][0] for i, row in enumerate(rows[:count])), "first slot first"
 
@@ -39,7 +40,9 @@ def test_untrained_it_is_the_mean_of_what_is_there() -> None:
     expected = torch.stack([rows[0].mean(0), rows[1, :2].mean(0), rows[2, 0]])
     torch.testing.assert_close(merge(rows, present), expected)
     vectors = torch.randn(2, 8)
-    assert torch.equal(Refiner(8, 4, skip=True)(vectors, torch.randn(2, 2, 8)), vectors)
+    assert torch.equal(
+        Refiner(8, 4, skip=True)(vectors, torch.zeros(2).long(), torch.randn(2, 2, 8)), vectors
+    )
 
 
 @torch.no_grad()
@@ -57,10 +60,18 @@ def test_what_is_not_there_leaves_no_trace_and_a_row_alone_stays() -> None:
 
 
 def test_names_of_rungs() -> None:
-    texts = ["mux:4", "mux:2", "merge:2+mux:2", "merge:3", "exit"]
+    texts = ["mux:4", "mux:2", "merge:2+mux:2", "merge:3", "exit", "merge:3@4", "exit@4"]
     rungs = parse_rungs(texts)
-    assert list(map(str, rungs)) == ["exit", "mux:2", "mux:4", "merge:2+mux:2", "merge:3"]
-    assert [rung.saving for rung in rungs] == [math.inf, 2, 4, 4, 3]
+    assert list(map(str, rungs)) == [
+        "exit@4",
+        "exit",
+        "mux:2",
+        "mux:4",
+        "merge:2+mux:2",
+        "merge:3",
+        "merge:3@4",
+    ]
+    assert [rung.saving(2, 8) for rung in rungs] == [3, math.inf, 2, 4, 4, 3, 9]
     assert Rung.parse(str(Rung())) == Rung()
     with pytest.raises(ValueError, match="the backbone itself"):
         parse_rungs(["mux:2", "alone"])
@@ -74,6 +85,10 @@ def test_names_of_rungs() -> None:
         "merge:2+",
         "mux:02",
         "exit+mux:2",
+        "exit@0",
+        "alone@3",
+        "mux:2@",
+        "merge:2@03",
     ):
         with pytest.raises(ValueError, match="expected exit, mux:N, merge:N or"):
             Rung.parse(text)

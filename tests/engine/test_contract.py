@@ -23,6 +23,7 @@ from revmux_vllm.engine.scheduler import RevMuxSchedulerOutput
 from revmux_vllm.engine.worker import RevMuxWorker
 from revmux_vllm.families import FAMILIES, FLOAT16, Family
 from revmux_vllm.planning.planner import Counts
+from revmux_vllm.rungs import Ends
 
 
 def parameters(function: object) -> list[str]:
@@ -137,7 +138,9 @@ def test_every_row_of_the_families_holds_for_vllm(family: Family) -> None:
     assert engine_model.__name__ == family.architecture
     assert issubclass(engine_model, RevMuxForSequenceClassification)
     assert not inspect.isabstract(engine_model)
-    assert get_default_seq_pooling_type(engine_model) == ("CLS" if family.pools_first else "LAST")
+    assert get_default_seq_pooling_type(engine_model) == (
+        "CLS" if family.ends.pools_first else "LAST"
+    )
     # vLLM cuts long prompts of a decoder into chunks; what sees all its tokens must run whole.
     assert get_attn_type(engine_model) == ("decoder" if family.has_kv_cache else "encoder_only")
     refused = vllm_model_config._FLOAT16_NOT_SUPPORTED_MODELS.get(family.model_type)
@@ -162,7 +165,10 @@ def test_a_failing_registration_stops_nothing(monkeypatch: pytest.MonkeyPatch) -
 def test_the_backend_is_the_platforms_own_with_another_builder() -> None:
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
-    backend = composite_attention_backend(CPUAttentionBackend, False, False)
-    assert backend is composite_attention_backend(CPUAttentionBackend, False, False)
+    backend = composite_attention_backend(CPUAttentionBackend, 3, Ends(), False)
+    assert backend is composite_attention_backend(CPUAttentionBackend, 3, Ends(), False)
+    # vLLM builds metadata once for all layers whose backends have one name.
+    behind = composite_attention_backend(CPUAttentionBackend, 5, Ends(), False)
+    assert backend.full_cls_name() != behind.full_cls_name()
     assert issubclass(backend, CPUAttentionBackend)
     assert issubclass(backend.get_builder_cls(), CPUAttentionBackend.get_builder_cls())

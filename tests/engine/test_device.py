@@ -22,10 +22,14 @@ from revmux_vllm.engine.graphs import UpperGraphs, choose_capture_sizes
 from revmux_vllm.engine.layout import make_layout
 from revmux_vllm.engine.models.base import Layout, RevMuxForSequenceClassification
 from revmux_vllm.engine.transfer import sent
-from revmux_vllm.rungs import Rung, parse_rungs
+from revmux_vllm.rungs import Ends, Rung, parse_rungs
 
 D = 32
-RUNGS = parse_rungs(["mux:2", "mux:4", "merge:2", "merge:2+mux:2", "exit"])
+ENDS = Ends(has_sink=True)
+RUNGS = parse_rungs(
+    ["mux:2", "mux:4", "merge:2", "merge:2+mux:2", "exit", "mux:2@2", "merge:2@2", "exit@3"]
+)
+LAYERS = 4
 GROUPS = [
     (Rung(), (3,)),
     (Rung(mux=2), (0, 1)),
@@ -33,8 +37,11 @@ GROUPS = [
     (Rung(merge=2), (7,)),
     (Rung(2, 2), (8, 9)),
     (Rung(exit=True), (10,)),
+    (Rung(merge=2, stop=2), (11,)),
+    (Rung(stop=3), (12,)),
+    (Rung(mux=2, stop=2), (13, 14)),
 ]
-LENGTHS = [5, 3, 9, 4, 9, 2, 1, 6, 7, 4, 3]
+LENGTHS = [5, 3, 9, 4, 7, 2, 1, 6, 7, 4, 3, 4, 2, 3, 2]
 STARTS = np.cumsum([0, *LENGTHS])
 NUM_TOKENS = int(STARTS[-1])
 
@@ -59,16 +66,17 @@ class Model(RevMuxForSequenceClassification):
         nn.Module.__init__(self)
         torch.manual_seed(0)
         self.revmux = RevMuxConfig(RUNGS, prefill_layers=1, adapter_hidden_size=8)
-        self.lower, self.upper = Trunk(), Trunk()
+        self.bounds, self.num_layers = [1, 2, 3, LAYERS], LAYERS
+        self.lower, self.upper = Trunk(), nn.ModuleList(Trunk() for _ in range(3))
         self.adapters = AdapterLadder(self.revmux, D).to(adapter_dtype)
         for parameter in self.adapters.parameters():
             nn.init.normal_(parameter, std=0.3)
         self.adapter_dtype = adapter_dtype
-        self.hidden_size, self.pools_first = D, False
-        self.upper_layer_names = ["upper.attn"]
+        self.hidden_size, self.ends = D, ENDS
+        self.upper_layer_names = {first: [f"upper.{first}"] for first in self.bounds[:-1]}
         self.upper_graphs = UpperGraphs(max_rows, D)
 
-    def build(self, vllm_config: Any, prefill_layers: int) -> list[Any]:
+    def build(self, vllm_config: Any) -> list[list[Any]]:
         raise NotImplementedError
 
     def weight_names(self) -> Any:
@@ -77,15 +85,18 @@ class Model(RevMuxForSequenceClassification):
 
 def context_of(layout: Layout | None, mode: CUDAGraphMode, size: int) -> ForwardContext:
     """A step's, as vLLM makes it; without a layout one in which all run alone."""
-    device = "cpu" if layout is None else layout.positions.device
-    slots = torch.zeros(0 if layout is None else layout.num_rows, dtype=torch.int64, device=device)
-    metadata: Any = SimpleNamespace()
-    if layout is not None:
-        metadata = SimpleNamespace(mux_layout=layout, mux_slot_mapping=slots)
+    metadata: dict[str, Any] = {}
+    for first in range(1, LAYERS):
+        metadata[f"upper.{first}"] = SimpleNamespace()
+        if layout is not None:
+            slots = torch.zeros(layout.passing(first)[1], dtype=torch.int64)
+            metadata[f"upper.{first}"] = SimpleNamespace(
+                mux_layout=layout, mux_slot_mapping=slots.to(layout.positions.device)
+            )
     return ForwardContext(
         no_compile_layers={},
-        attn_metadata={"upper.attn": metadata},
-        slot_mapping={"upper.attn": slots},
+        attn_metadata=metadata,
+        slot_mapping=dict.fromkeys(metadata, torch.zeros(0, dtype=torch.int64)),
         cudagraph_runtime_mode=mode,
         batch_descriptor=BatchDescriptor(size),
     )
@@ -93,7 +104,9 @@ def context_of(layout: Layout | None, mode: CUDAGraphMode, size: int) -> Forward
 
 def run(model: Model, groups: Any, mode: CUDAGraphMode, size: int = NUM_TOKENS) -> Tensor:
     """A step of ``groups`` (None: all alone), its tokens padded to ``size``."""
-    layout = None if groups is None else sent(make_layout(groups, STARTS), torch.device("cpu"))
+    layout = None
+    if groups is not None:
+        layout = sent(make_layout(groups, STARTS, ENDS), torch.device("cpu"))
     ids = torch.cat([torch.arange(1, NUM_TOKENS + 1), torch.zeros(size - NUM_TOKENS).long()])
     with override_forward_context(context_of(layout, mode, size)), torch.inference_mode():
         return model(ids, torch.arange(size) % 7)[:NUM_TOKENS]
@@ -107,7 +120,7 @@ def test_a_step_asks_the_device_for_nothing(dtype: torch.dtype) -> None:
     """
     meta = torch.device("meta")
     model = Model(adapter_dtype=dtype).to("meta")
-    layout = sent(make_layout(GROUPS, STARTS), meta)
+    layout = sent(make_layout(GROUPS, STARTS, ENDS), meta)
     ids = torch.zeros(NUM_TOKENS, dtype=torch.int64, device=meta)
     with override_forward_context(context_of(layout, CUDAGraphMode.NONE, NUM_TOKENS)):
         out = model(ids, ids)
@@ -119,7 +132,7 @@ def test_rewriting_the_metadata_asks_the_device_for_nothing() -> None:
     from vllm.v1.attention.backend import CommonAttentionMetadata
 
     meta = torch.device("meta")
-    layout = sent(make_layout(GROUPS, STARTS), meta)
+    layout = sent(make_layout(GROUPS, STARTS, ENDS), meta)
     starts = torch.from_numpy(STARTS).int()
     common = CommonAttentionMetadata(
         query_start_loc=starts.to(meta),
@@ -132,13 +145,16 @@ def test_rewriting_the_metadata_asks_the_device_for_nothing() -> None:
         block_table_tensor=torch.zeros(len(LENGTHS), 4, dtype=torch.int32, device=meta),
         slot_mapping=torch.zeros(NUM_TOKENS, dtype=torch.int64, device=meta),
     )
-    composites = composite_metadata(common, layout)
+    composites = composite_metadata(common, layout, 1)
     on_device = (composites.query_start_loc, composites.seq_lens, composites.slot_mapping)
     assert {tensor.device for tensor in on_device} == {meta}
     assert composites.seq_lens.dtype == common.seq_lens.dtype
     assert composites.query_start_loc.dtype == common.query_start_loc.dtype
-    assert composites.num_reqs == 5
+    assert composites.num_reqs == 8
     assert composites.max_query_len == 9
+    behind = composite_metadata(common, layout, 3)
+    assert behind.num_reqs == 5
+    assert behind.num_actual_tokens == layout.passing(3)[1] < layout.num_rows
 
 
 class Captured(nn.Module):
@@ -177,13 +193,15 @@ def captured() -> Model:
     """A model whose trunks are captured at ``SIZES``, as vLLM's warm-up does it."""
     model = Model(max_rows=SIZES[-1])
     pool = torch.empty(SIZES[-1] * D)
-    model.lower, model.upper = Captured(model.lower, pool), Captured(model.upper, pool)
+    model.lower = Captured(model.lower, pool)
+    model.upper = nn.ModuleList(Captured(part, pool) for part in model.upper)
     buffers = torch.zeros(SIZES[-1], dtype=torch.int64), torch.zeros(SIZES[-1], dtype=torch.int64)
     for size in reversed(SIZES):
         context = context_of(None, CUDAGraphMode.PIECEWISE, size)
         with override_forward_context(context), torch.inference_mode():
             model(*(buffer[:size] for buffer in buffers))
-    model.lower.capturing = model.upper.capturing = False
+    for trunk in (model.lower, *model.upper):
+        trunk.capturing = False
     assert model.upper_graphs.sizes == list(SIZES)
     # vLLM's runner keeps its inputs where they are; so does this one.
     forward = model.forward
@@ -197,7 +215,7 @@ def captured() -> Model:
     return model
 
 
-@pytest.mark.parametrize("groups", [None, GROUPS, [(Rung(merge=2), (i,)) for i in range(11)]])
+@pytest.mark.parametrize("groups", [None, GROUPS, [(Rung(merge=2), (i,)) for i in range(15)]])
 def test_graphs_give_what_eager_gives(captured: Model, groups: Any) -> None:
     captured.upper_graphs.rows.fill_(torch.nan)  # padding may hold anything
     expected = run(Model(), groups, CUDAGraphMode.NONE)
@@ -262,11 +280,14 @@ def test_the_context_is_put_back_when_the_layers_fail(captured: Model) -> None:
 
 def test_padding_writes_nothing_into_the_cache(captured: Model) -> None:
     """vLLM skips slots of -1; every padded row must have one."""
-    layout = sent(make_layout(GROUPS, STARTS), torch.device("cpu"))
+    layout = sent(make_layout(GROUPS, STARTS, ENDS), torch.device("cpu"))
     context = context_of(layout, CUDAGraphMode.NONE, NUM_TOKENS)
-    context.attn_metadata["upper.attn"].mux_slot_mapping += 7  # type: ignore[call-overload]
+    for first in range(1, LAYERS):
+        context.attn_metadata[f"upper.{first}"].mux_slot_mapping += 7  # type: ignore[call-overload]
     with override_forward_context(context), torch.inference_mode():
         captured(torch.zeros(NUM_TOKENS).long(), torch.zeros(NUM_TOKENS).long())
-    slots = context.slot_mapping["upper.attn"]  # type: ignore[call-overload]
-    expected = [7] * layout.num_rows + [-1] * (32 - layout.num_rows)
-    assert slots.tolist() == expected
+    for first in range(1, LAYERS):
+        slots = context.slot_mapping[f"upper.{first}"].tolist()  # type: ignore[call-overload]
+        num_rows = layout.passing(first)[1]
+        size = next(size for size in SIZES if size >= num_rows)
+        assert slots == [7] * num_rows + [-1] * (size - num_rows)

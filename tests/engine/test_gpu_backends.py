@@ -23,7 +23,7 @@ from revmux_vllm.engine.attention import composite_attention_backend
 from revmux_vllm.engine.layout import make_layout
 from revmux_vllm.engine.steps import StepPlan, running
 from revmux_vllm.planning.packing import MuxPlan
-from revmux_vllm.rungs import Rung
+from revmux_vllm.rungs import Ends, Rung
 
 HEADS, SIZE = 2, 16
 GROUPS = [
@@ -82,7 +82,7 @@ def built(backend: type[AttentionBackend], block_size: int, config: Any, groups:
         tuple(tuple(str(row) for row in rows) for _, rows in groups), tuple(r for r, _ in groups)
     )
     rows = {str(row): row for row in range(len(LENGTHS))}
-    composite = composite_attention_backend(backend, False, False)
+    composite = composite_attention_backend(backend, 1, Ends(has_sink=True), False)
     with set_current_vllm_config(config), running(StepPlan(plan, rows)):
         builder = composite.get_builder_cls()(spec, ["layer"], config, torch.device("cpu"))
         return builder.build(0, batch(block_size))
@@ -101,7 +101,7 @@ def test_a_composite_attends_to_itself_and_to_nothing_else(
     assert len(metadata.mux_slot_mapping.unique()) == num_rows
     cache[0, metadata.mux_slot_mapping], cache[1, metadata.mux_slot_mapping] = key, value
     out = paged_attention(query, cache, metadata, block_size)
-    starts = make_layout(GROUPS, STARTS).host_starts
+    starts = make_layout(GROUPS, STARTS, Ends(has_sink=True)).host_starts
     for first, last in itertools.pairwise(starts):
         own = (part[first:last].transpose(0, 1) for part in (query, key, value))
         expected = torch.nn.functional.scaled_dot_product_attention(*own, is_causal=True)

@@ -64,7 +64,9 @@ BOTH = "merge:3,merge:3+mux:2,merge:3+mux:4"  # a step of three requests merges 
 MIXED = "merge:2,mux:4,mux:8"  # what has no partner merges, beside composites in the same step
 
 EXIT = "mux:2,exit"
-ALL = f"{MUX},{MERGE},{BOTH},exit"
+STOPS = "exit@3,mux:2@2,mux:4@3,mux:8"  # in one step: rows leave after every layer
+MERGED_STOPS = "merge:2@2,merge:3+mux:2@3"
+ALL = f"{MUX},{MERGE},{BOTH},{STOPS.removesuffix(',mux:8')},{MERGED_STOPS},exit"
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "bert", "roberta"]
 
@@ -88,7 +90,7 @@ def test_float32(
 ) -> None:
     folder = make_tiny_checkpoint(tmp_path, family=family, rungs=ALL)
     engine, reference = make_engine(folder), reference_of(folder)
-    for kind in (MUX, BOTH, MIXED, EXIT):
+    for kind in (MUX, BOTH, MIXED, EXIT, STOPS, MERGED_STOPS):
         check(engine, reference, kind)
     # Alone: the same weights in vLLM's own classifier, the same batches.
     engine.planner.policy = ByCrowd(())
@@ -119,7 +121,7 @@ def pad_upper_rows(model: Any) -> None:
 def test_compiled(family: str, tmp_path: Path, make_engine: Callable[..., RecordingEngine]) -> None:
     folder = make_tiny_checkpoint(tmp_path, family=family, rungs=ALL)
     engine, reference = make_engine(folder, enforce_eager=False), reference_of(folder)
-    for kind in (MUX, BOTH, MIXED, EXIT):
+    for kind in (MUX, BOTH, MIXED, EXIT, STOPS, MERGED_STOPS):
         check(engine, reference, kind)
 
 

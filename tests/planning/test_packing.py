@@ -90,26 +90,27 @@ def test_a_plan_refuses_duplicates() -> None:
 
 @given(
     lengths=st.lists(st.integers(1, 600), max_size=64),
-    rungs=st.sets(
-        st.builds(Rung, st.integers(1, 3), st.sampled_from([1, 2, 4])) | st.just(Rung(exit=True))
-    ),
+    merge=st.integers(1, 3),
+    widths=st.sets(st.sampled_from([1, 2, 4])),
+    stop=st.sampled_from([0, 7]),
 )
-def test_the_cheapest_kind_serves_and_what_is_left_needs_no_partner(
-    lengths: list[int], rungs: set[Rung]
+def test_the_widest_serves_and_what_is_left_needs_no_partner(
+    lengths: list[int], merge: int, widths: set[int], stop: int
 ) -> None:
+    rungs = {Rung(merge, width, stop=stop) for width in widths}
     packed = pack_rungs(lengths, rungs)
     assert sorted(i for _, group in packed for i in group) == list(range(len(lengths)))
     assert {rung for rung, _ in packed} <= rungs | {Rung()}
     assert all(rung.mux == len(group) for rung, group in packed)
-    best = max([Rung(), *rungs], key=lambda rung: (rung.saving, rung.merge))
+    best = max(rungs or {Rung()}, key=lambda rung: rung.mux)
     if len(lengths) >= best.mux:
-        assert not lengths or best in {rung for rung, _ in packed}
-    else:
-        assert all(rung.saving <= best.saving for rung, _ in packed)
+        assert best in {rung for rung, _ in packed}
+    if 1 in widths:
+        assert {rung.way for rung, _ in packed} <= {best.way}
 
 
 def test_leftovers_of_merged_composites_still_merge() -> None:
-    rungs = [Rung(2, 2), Rung(2, 1), Rung(3, 1)]
+    rungs = [Rung(2, 2), Rung(2, 1)]
     assert [str(rung) for rung, _ in pack_rungs([5] * 3, rungs)] == ["merge:2+mux:2", "merge:2"]
     assert [str(rung) for rung, _ in pack_rungs([5] * 3, rungs[:1])] == ["merge:2+mux:2", "alone"]
 

@@ -17,7 +17,6 @@ from revmux_vllm.config import RevMuxConfig
 from revmux_vllm.planning.costs import Budgets, LayerCosts
 from revmux_vllm.planning.options import read_options
 from revmux_vllm.planning.planner import Composite, Step, StepPlanner, Waiting
-from revmux_vllm.planning.policy import Fixed
 from revmux_vllm.rungs import Rung, parse_rungs
 
 RUNGS = parse_rungs(["mux:2", "mux:4", "merge:2", "merge:2+mux:2"])
@@ -114,7 +113,7 @@ class Planning(RuleBasedStateMachine):
     @rule()
     def change_the_policy(self) -> None:
         """As an engine does that is asked to run at one rung."""
-        self.planner.policy = Fixed(CONFIG.kind(Rung(mux=2)))
+        self.planner.fix(CONFIG.kind(Rung(mux=2)))
 
     @rule(
         data=st.data(),

@@ -156,4 +156,6 @@ def test_full_load_is_as_fast_as_the_fixed_width() -> None:
 
 
 def test_fixed_is_a_policy_for_a_set_of_rungs() -> None:
-    assert Fixed(parse_rungs(["mux:4"])).rungs(Backlog(1, 1)) == parse_rungs(["mux:4"])
+    assert Fixed(parse_rungs(["mux:4"]), LayerCosts(1, 4)).rungs(Backlog(1, 1)) == parse_rungs(
+        ["mux:4"]
+    )

@@ -1,18 +1,21 @@
 """A classifier whose upper layers run on composites: what all families share.
 
-A family brings two compiled trunks of vLLM's own layers, since lower and upper layers see different
-numbers of rows (models/gemma3n.py does the same), and its head. What lies between and after the
-trunks is plain PyTorch over the indices of the step's ``MuxLayout``.
+A family brings compiled trunks of vLLM's own layers, since lower and upper layers see different
+numbers of rows (models/gemma3n.py does the same), and its head. The upper layers are cut once more
+wherever a rung of the checkpoint stops. What lies between and after the trunks is plain PyTorch
+over the indices of the step's ``MuxLayout``.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer
+from vllm.compilation.backends import set_model_tag
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.linear import ReplicatedLinear
 from vllm.model_executor.layers.pooler import DispatchPooler
@@ -79,9 +82,11 @@ class RevMuxForSequenceClassification(nn.Module, SupportsQuant, ABC):
     Attributes:
         weights_mapper: vLLM's own for the backbone's layers.
         word_tokens: tokens of the label words, whose rows of the LM head are ``score``; or empty.
+        bounds: the cut, every layer after which a rung stops, and the number of layers.
         lower: token ids and positions to hidden states; has ``embed_input_ids``. A family whose
-            trunks are no modules overrides ``run_lower``, ``run_upper`` and ``embed_input_ids``.
-        upper: rows and positions to final states.
+            trunks are no modules overrides ``run_lower``, ``run_segment`` and ``embed_input_ids``.
+        upper: rows and positions to hidden states, between every two of ``bounds``; the last to
+            final states.
         pooler: vLLM's.
         embeddings_name: of the token embeddings in the backbone's checkpoint; they are the LM head
             where it has no weights of its own.
@@ -113,13 +118,16 @@ class RevMuxForSequenceClassification(nn.Module, SupportsQuant, ABC):
         self.num_layers = hf_config.num_hidden_layers
         self.hidden_size = hf_config.hidden_size
         family = family_of(hf_config.model_type)
-        self.pools_first, self.has_kv_cache = family.pools_first, family.has_kv_cache
-        self.upper_layer_names: list[str] = []
-        for attention in self.build(vllm_config, self.revmux.prefill_layers):
-            attention.attn_backend = composite_attention_backend(
-                attention.attn_backend, self.pools_first, self.reads_sequences
-            )
-            self.upper_layer_names.append(attention.layer_name)
+        self.ends, self.has_kv_cache = family.ends, family.has_kv_cache
+        stops = {rung.stop for rung in self.revmux.rungs if rung.stop}
+        self.bounds = [self.revmux.prefill_layers, *sorted(stops), self.num_layers]
+        self.upper_layer_names: dict[int, list[str]] = {}
+        for first, attentions in zip(self.bounds, self.build(vllm_config), strict=False):
+            for attention in attentions:
+                attention.attn_backend = composite_attention_backend(
+                    attention.attn_backend, first, self.ends, self.reads_sequences
+                )
+            self.upper_layer_names[first] = [attention.layer_name for attention in attentions]
         most = vllm_config.compilation_config.max_cudagraph_capture_size or 0
         self.upper_graphs = UpperGraphs(most, self.hidden_size)
         here = torch.empty(0)
@@ -143,8 +151,21 @@ class RevMuxForSequenceClassification(nn.Module, SupportsQuant, ABC):
             )
 
     @abstractmethod
-    def build(self, vllm_config: VllmConfig, prefill_layers: int) -> list[Any]:
-        """Set the layers, the head and ``pooler``; return the attentions of the upper layers."""
+    def build(self, vllm_config: VllmConfig) -> list[list[Any]]:
+        """Set the layers, the head and ``pooler``; return the attentions of the upper layers,
+        between every two of ``bounds``."""
+
+    def segments(self, make: Callable[[range], nn.Module]) -> nn.ModuleList:
+        """The upper layers in parts, each compiled by itself.
+
+        Args:
+            make: the trunk of some layers.
+        """
+        parts = []
+        for first, last in pairwise(self.bounds):
+            with set_model_tag(f"revmux_upper_{first}"):
+                parts.append(make(range(first, last)))
+        return nn.ModuleList(parts)
 
     def build_score(self, vllm_config: VllmConfig) -> None:
         """Set ``score``, a linear head without bias, and the ``pooler`` that reads it."""
@@ -165,8 +186,10 @@ class RevMuxForSequenceClassification(nn.Module, SupportsQuant, ABC):
 
     def layer_prefixes(self, prefix: str) -> dict[str, str]:
         """Of every layer, whose names in the checkpoint begin with ``prefix`` and its number."""
-        trunk = ["lower"] * self.revmux.prefill_layers + ["upper"] * self.num_layers
-        return {f"{prefix}.{i}.": f"{trunk[i]}.layers.{i}." for i in range(self.num_layers)}
+        trunks = ["lower"] * self.revmux.prefill_layers
+        for part, (first, last) in enumerate(pairwise(self.bounds)):
+            trunks += [f"upper.{part}"] * (last - first)
+        return {f"{prefix}.{i}.": f"{trunk}.layers.{i}." for i, trunk in enumerate(trunks)}
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         """Token ids (num_tokens,) to embeddings (num_tokens, D)."""
@@ -188,22 +211,24 @@ class RevMuxForSequenceClassification(nn.Module, SupportsQuant, ABC):
         hidden = self.run_lower(input_ids, positions, layout)
         clock.mark(LOWER)
         if layout is None or not layout.rungs:
-            out = self.run_upper(hidden, positions, layout)
+            for part in range(len(self.bounds) - 1):
+                hidden = self.run_segment(part, hidden, positions, layout)
             clock.mark(UPPER)
-            clock.finish(len(hidden), len(out))
-            return out
+            clock.finish(len(hidden), len(hidden))
+            return hidden
         # All that is read of the lower layers' states, before the upper layers run: the graphs of
         # both trunks share their memory.
         skip = self.skip_state(hidden, layout)  # (B, 2, D)
-        out = hidden[:0]
+        read: list[Tensor | None] = [None] * len(layout.rungs)
+        alone, mean_rows = hidden[:0], 0.0
         if layout.num_rows:  # not where all exit
             rows = self.multiplex(hidden, layout)
             clock.mark(MULTIPLEX)
-            out = self.run_upper(rows, layout.positions, layout)
+            alone, mean_rows = self.run_upper(rows, layout, read)
             clock.mark(UPPER)
-        result = self.demultiplex(out, skip, len(hidden), layout)
+        result = self.demultiplex(alone, read, skip, len(hidden), layout)
         clock.mark(DEMULTIPLEX)
-        clock.finish(layout.num_tokens, len(out))
+        clock.finish(layout.num_tokens, mean_rows)
         return result
 
     def set_token_type_ids(
@@ -216,10 +241,42 @@ class RevMuxForSequenceClassification(nn.Module, SupportsQuant, ABC):
         hidden: Tensor = self.lower(input_ids, positions)
         return hidden
 
-    def run_upper(self, rows: Tensor, positions: Tensor, layout: Layout | None) -> Tensor:
-        """Upper rows (U, D) to final states (U, D)."""
+    def run_upper(
+        self, rows: Tensor, layout: Layout, read: list[Tensor | None]
+    ) -> tuple[Tensor, float]:
+        """Upper rows (U, D) as far as each of them goes.
+
+        Args:
+            rows: of the composites of ``layout``.
+            layout: of the step.
+            read: filled with the states (M, D) at which the members of every rung are read.
+
+        Returns:
+            Final states of those that run alone, and how many rows a layer had on average.
+        """
+        row_layers = 0
+        for part, (first, last) in enumerate(pairwise(self.bounds)):
+            num_rows = layout.passing(first)[1]
+            if not num_rows:
+                break
+            rows = self.run_segment(part, rows[:num_rows], layout.positions[:num_rows], layout)
+            row_layers += num_rows * (last - first)
+            # At once, since the graphs of the next part write where this one's rows are.
+            for place, rung_layout in enumerate(layout.rungs):
+                ends_here = (rung_layout.rung.stop or self.num_layers) == last
+                if ends_here and rung_layout.read_at is not None:
+                    read[place] = rows[rung_layout.read_at]
+        return rows[: len(layout.alone)], row_layers / (self.num_layers - self.bounds[0])
+
+    def run_segment(
+        self, part: int, rows: Tensor, positions: Tensor, layout: Layout | None
+    ) -> Tensor:
+        """Rows (U, D) through a part of the upper layers; ``layout`` is None while vLLM profiles.
+
+        The rows are of ``layout``'s composites, or the batch's tokens where it has no rungs.
+        """
         own = layout is not None and bool(layout.rungs)
-        return self.upper_graphs.run(self.upper, rows, positions, own)
+        return self.upper_graphs.run(self.upper[part], rows, positions, own)
 
     def skip_state(self, hidden: Tensor, layout: Layout) -> Tensor:
         """What the lower layers know of every sequence (B, 2, D): its pooled row, and the mean.
@@ -241,19 +298,26 @@ class RevMuxForSequenceClassification(nn.Module, SupportsQuant, ABC):
         for part in layout.rungs:
             adapter, source = self.adapters[part.rung], converted
             if part.tokens is not None and part.merged is not None:
-                source = adapter.merge(converted[part.tokens], part.merged)
-            rows, _ = adapter.multiplex(source[part.rows], part.present)
+                source = adapter.path.merge(converted[part.tokens], part.merged)
+            rows, _ = adapter.path.multiplex(source[part.rows], part.present, part.sinks)
             parts.append(rows.to(hidden.dtype))
         return torch.cat(parts)
 
-    def demultiplex(self, out: Tensor, skip: Tensor, num_rows: int, layout: Layout) -> Tensor:
-        """Upper rows (U, D) back to token rows (num_rows, D), each at its owner's place."""
-        result = skip.new_zeros(num_rows, skip.shape[-1], dtype=out.dtype)
-        result[layout.alone] = out[: len(layout.alone)]
-        for part in layout.rungs:
-            read = None if part.read_at is None else out[part.read_at].to(self.adapter_dtype)
-            vectors = self.adapters[part.rung].read(read, part.stream, skip[part.sequence])
-            result[part.pooled_token] = vectors.to(out.dtype)
+    def demultiplex(
+        self,
+        alone: Tensor,
+        read: Sequence[Tensor | None],
+        skip: Tensor,
+        num_rows: int,
+        layout: Layout,
+    ) -> Tensor:
+        """What ``run_upper`` gives back to token rows (num_rows, D), each at its owner's place."""
+        result = skip.new_zeros(num_rows, skip.shape[-1], dtype=alone.dtype)
+        result[layout.alone] = alone
+        for part, rows in zip(layout.rungs, read, strict=True):
+            own = None if rows is None else rows.to(self.adapter_dtype)
+            vectors = self.adapters[part.rung].read(own, part.stream, skip[part.sequence])
+            result[part.pooled_token] = vectors.to(alone.dtype)
         return result
 
     @torch.inference_mode()
@@ -261,12 +325,15 @@ class RevMuxForSequenceClassification(nn.Module, SupportsQuant, ABC):
         """Run every rung's adapter once, so that no step pays for its kernels' first use."""
         for rung in self.revmux.rungs:
             starts = np.arange(rung.mux + 1) * WARM_UP_TOKENS
-            layout = make_layout([(rung, range(rung.mux))], starts, self.pools_first)
+            layout = make_layout([(rung, range(rung.mux))], starts, self.ends)
             there: Layout = sent(layout, self.upper_graphs.rows.device)
             hidden = self.upper_graphs.rows.new_zeros(int(starts[-1]), self.hidden_size)
             skip = self.skip_state(hidden, there)
-            out = self.multiplex(hidden, there) if there.num_rows else hidden[:0]
-            self.demultiplex(out, skip, len(hidden), there)
+            rows = self.multiplex(hidden, there) if there.num_rows else hidden[:0]
+            at = there.rungs[0].read_at
+            self.demultiplex(
+                hidden[:0], [None if at is None else rows[at]], skip, len(hidden), there
+            )
 
     def get_model_state_cls(self) -> type[Any]:
         """Of vLLM's V2 model runner; see ``engine/model_state.py``."""

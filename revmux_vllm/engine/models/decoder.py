@@ -45,22 +45,23 @@ class LowerTrunk(nn.Module):
 
 @support_torch_compile
 class UpperTrunk(nn.Module):
-    """The remaining layers and the final norm: one row per upper row."""
+    """Some of the remaining layers, the final norm behind the last: one row per upper row."""
 
     def __init__(
-        self, *, vllm_config: VllmConfig, layer_class: type[nn.Module], first_layer: int
+        self, *, vllm_config: VllmConfig, layer_class: type[nn.Module], indices: range
     ) -> None:
         super().__init__()
         config = vllm_config.model_config.hf_config
-        indices = range(first_layer, config.num_hidden_layers)
         self.layers = _layers(vllm_config, layer_class, indices)
-        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = None
+        if indices.stop == config.num_hidden_layers:
+            self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(self, hidden: Tensor, positions: Tensor) -> Tensor:
-        residual = None
+        residual: Any = None
         for layer in self.layers.values():
             hidden, residual = layer(positions, hidden, residual)
-        return self.norm(hidden, residual)[0]
+        return hidden + residual if self.norm is None else self.norm(hidden, residual)[0]
 
 
 def _layers(vllm_config: VllmConfig, layer_class: type[nn.Module], indices: range) -> nn.ModuleDict:
@@ -92,25 +93,29 @@ class RevMuxDecoderForSequenceClassification(RevMuxForSequenceClassification):
     embeddings_name = "model.embed_tokens.weight"
     layer_class: ClassVar[type[nn.Module]]
 
-    def build(self, vllm_config: VllmConfig, prefill_layers: int) -> list[Any]:
+    def build(self, vllm_config: VllmConfig) -> list[list[Any]]:
         layer_class = self.layer_class
         with set_model_tag("revmux_lower"):
             self.lower = LowerTrunk(
-                vllm_config=vllm_config, layer_class=layer_class, num_layers=prefill_layers
+                vllm_config=vllm_config, layer_class=layer_class, num_layers=self.bounds[0]
             )
-        with set_model_tag("revmux_upper"):
-            self.upper = UpperTrunk(
-                vllm_config=vllm_config, layer_class=layer_class, first_layer=prefill_layers
+        self.upper = self.segments(
+            lambda indices: UpperTrunk(
+                vllm_config=vllm_config, layer_class=layer_class, indices=indices
             )
+        )
         self.build_score(vllm_config)
-        return [layer.get_submodule("self_attn.attn") for layer in self.upper.layers.values()]
+        return [
+            [layer.get_submodule("self_attn.attn") for layer in part.layers.values()]
+            for part in self.upper
+        ]
 
     def weight_names(self) -> WeightsMapper:
         return WeightsMapper(
             orig_to_new_prefix={
                 **self.layer_prefixes("model.layers"),
                 "model.embed_tokens.": "lower.embed_tokens.",
-                "model.norm.": "upper.norm.",
+                "model.norm.": f"upper.{len(self.upper) - 1}.norm.",
                 "lm_head.": None,  # of it the words' rows are ``score``
             }
         )

@@ -49,12 +49,11 @@ class LowerTrunk(nn.Module):
 
 @support_torch_compile
 class UpperTrunk(nn.Module):
-    """The remaining layers: one row per upper row. Positions are in the rows already."""
+    """Some of the remaining layers: one row per upper row. Positions are in the rows already."""
 
-    def __init__(self, *, vllm_config: VllmConfig, first_layer: int) -> None:
+    def __init__(self, *, vllm_config: VllmConfig, indices: range) -> None:
         super().__init__()
-        last = vllm_config.model_config.hf_config.num_hidden_layers
-        self.layers = _layers(vllm_config, range(first_layer, last))
+        self.layers = _layers(vllm_config, indices)
 
     def forward(self, hidden: Tensor, positions: Tensor) -> Tensor:
         for layer in self.layers.values():
@@ -99,7 +98,7 @@ class RevMuxBertForSequenceClassification(RevMuxForSequenceClassification):
     embedding_class: ClassVar[type[nn.Module]] = BertEmbedding
     weights_mapper = BertPoolingModel.hf_to_vllm_mapper
 
-    def build(self, vllm_config: VllmConfig, prefill_layers: int) -> list[Any]:
+    def build(self, vllm_config: VllmConfig) -> list[list[Any]]:
         model_config = vllm_config.model_config
         # Between the texts of a pair; None where texts come singly, or types are not told apart.
         self.separator: int | None = None
@@ -113,12 +112,16 @@ class RevMuxBertForSequenceClassification(RevMuxForSequenceClassification):
             self.lower = LowerTrunk(
                 vllm_config=vllm_config,
                 embedding_class=self.embedding_class,
-                num_layers=prefill_layers,
+                num_layers=self.bounds[0],
             )
-        with set_model_tag("revmux_upper"):
-            self.upper = UpperTrunk(vllm_config=vllm_config, first_layer=prefill_layers)
+        self.upper = self.segments(
+            lambda indices: UpperTrunk(vllm_config=vllm_config, indices=indices)
+        )
         self.build_head(vllm_config)
-        return [layer.get_submodule("attention.self.attn") for layer in self.upper.layers.values()]
+        return [
+            [layer.get_submodule("attention.self.attn") for layer in part.layers.values()]
+            for part in self.upper
+        ]
 
     def build_head(self, vllm_config: VllmConfig) -> None:
         """Set the head's modules, under the names of the backbone's checkpoint, and ``pooler``."""

@@ -38,7 +38,7 @@ class RevMuxT5ForSequenceClassification(RevMuxForSequenceClassification):
     reads_sequences = True
     weights_mapper = WeightsMapper()
 
-    def build(self, vllm_config: VllmConfig, prefill_layers: int) -> list[Any]:
+    def build(self, vllm_config: VllmConfig) -> list[list[Any]]:
         hf_config = vllm_config.model_config.hf_config
         # One matrix of embeddings: vLLM unties them where it finds another LM head in the files.
         tied = copy.copy(hf_config)
@@ -46,9 +46,9 @@ class RevMuxT5ForSequenceClassification(RevMuxForSequenceClassification):
         self.t5 = T5ForConditionalGeneration(tied)
         self.build_score(vllm_config)
         # Shares the modules of ``t5``; not registered, or every weight would have two names.
-        self._cut = (T5Backbone(self.t5, prefill_layers, self.score),)
+        self._cut = (T5Backbone(self.t5, self.bounds[0], self.score),)
         self.words_scale = output_scale(hf_config)
-        return [EncoderOnlyAttention(1, 64, 1.0, prefix="layout.attn")]
+        return [[EncoderOnlyAttention(1, 64, 1.0, prefix="layout.attn")]]
 
     def weight_names(self) -> WeightsMapper:
         # Of the LM head the words' rows are ``score``, and the module is tied to the embeddings.
@@ -71,19 +71,25 @@ class RevMuxT5ForSequenceClassification(RevMuxForSequenceClassification):
         lengths = _some_lengths(input_ids) if layout is None else layout.host_sequence_lengths
         return _by_length(cut.lower, input_ids, lengths)
 
-    def run_upper(self, rows: Tensor, positions: Tensor, layout: Layout | None) -> Tensor:
+    def run_segment(
+        self, part: int, rows: Tensor, positions: Tensor, layout: Layout | None
+    ) -> Tensor:
         (cut,) = self._cut
+        first, last = self.bounds[part : part + 2]
 
-        def decided(padded: Tensor, lengths: Tensor) -> Tensor:
-            return cut.upper(padded, lengths).expand(-1, padded.shape[1], -1)
+        def run(padded: Tensor, lengths: Tensor) -> Tensor:
+            states = cut.between(padded, lengths, None, first, last)
+            if last < self.num_layers:
+                return states
+            return cut.finish(states, lengths).expand(-1, padded.shape[1], -1)
 
         if layout is None:
             lengths = _some_lengths(rows)
         elif layout.rungs:
-            lengths = np.diff(layout.host_starts)
+            lengths = np.diff(layout.host_starts[: layout.passing(first)[0] + 1])
         else:  # all alone: the rows are the batch's own, in its order and not in the plan's
             lengths = layout.host_sequence_lengths
-        return _by_length(decided, rows, lengths)
+        return _by_length(run, rows, lengths)
 
 
 @dataclass(frozen=True)
