@@ -15,7 +15,7 @@ from revmux_vllm.rungs import Rung, in_words, parse_rungs
 from revmux_vllm.terminal import AsJson, Folder, check_plot, make_console, mendable_errors
 from revmux_vllm.training.options import TrainOptions
 from revmux_vllm.training.recipes import RECIPES
-from revmux_vllm.training.tables import class_table, report_table
+from revmux_vllm.training.tables import class_table, report_tables
 
 RESUME = "An unfinished training keeps its last checkpoint: --resume continues it"
 ROWS = "File (.tsv, .csv, .jsonl, .parquet) or hub data set (NAME:SPLIT, NAME:CONFIG:SPLIT)"
@@ -175,7 +175,7 @@ def train(
         return
     console = make_console()
     if report:
-        console.print(report_table(report))
+        console.print(*report_tables(report))
     console.print(f"written to {output}; serve it with: vllm serve {output}", soft_wrap=True)
 
 
@@ -219,7 +219,7 @@ def evaluate(
         print(json.dumps(report))
     else:
         console = make_console()
-        console.print(report_table(report))
+        console.print(*report_tables(report))
         console.print(class_table(report))
     if plot is not None:
         from revmux_vllm.training.plot import plot_report

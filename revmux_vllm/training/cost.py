@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -39,9 +40,22 @@ class Costs:
 
     def exit_speedup(self, head: Any, layer: int) -> float:
         """Of an early exit after ``layer``, against the backbone."""
-        own = _flops(lambda: head(self.hidden[:, :1].expand(1, 2, -1)))
-        cost = self.lower * layer / self.backbone.prefill_layers + own
-        return (self.lower + self.upper) / cost
+        return (self.lower + self.upper) / (self._until(layer) + self._of_exit(head))
+
+    def cascade(self, exits: nn.ModuleDict) -> list[float]:
+        """Share of the backbone's cost at each of several early exits, by layer, when those before
+        it were asked as well; and last when nobody was sure."""
+        whole, asked, shares = self.lower + self.upper, 0.0, []
+        for layer, head in exits.items():
+            asked += self._of_exit(head)
+            shares.append((self._until(int(layer)) + asked) / whole)
+        return [*shares, 1 + asked / whole]
+
+    def _until(self, layer: int) -> float:
+        return self.lower * layer / self.backbone.prefill_layers
+
+    def _of_exit(self, head: Any) -> int:
+        return _flops(lambda: head(self.hidden[:, :1].expand(1, 2, -1)))
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """Accuracy as the protocol has it: ten shuffled groupings, beside the backbone and early exit."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,15 +15,17 @@ from revmux_vllm.config import layer_limit
 from revmux_vllm.planning.packing import pack_rungs
 from revmux_vllm.reference import run_rung
 from revmux_vllm.rungs import Rung
+from revmux_vllm.training import cascade
 from revmux_vllm.training.cost import Costs
 from revmux_vllm.training.features import Features
+from revmux_vllm.training.scores import compare
 
 NUM_GROUPINGS = 10
 WINDOW = 64  # requests that wait together and are packed together
 
 Groups = list[tuple[Rung, tuple[int, ...]]]
-# Classes (B,) of all rows at one rung; the last argument is the order and windows of the rows, and
-# the groups that these make.
+# Probabilities (B, C) of all rows at one rung; the last argument is the order and windows of the
+# rows, and the groups that these make.
 Predict = Callable[[Rung, Groups, Sequence[Any]], Tensor]
 
 
@@ -75,6 +77,7 @@ def evaluate(
     names: Sequence[str],
     window: int = WINDOW,
     answer: Predict | None = None,
+    thresholds: Mapping[float, float] | None = None,
 ) -> dict[str, Any]:
     """The report that ``revmux eval --json`` prints; shares between 0 and 1.
 
@@ -85,20 +88,22 @@ def evaluate(
         features: of labelled rows.
         names: of the classes.
         window: requests that are packed together.
-        answer: computes the classes, the backbone's own too; default: the reference on
+        answer: computes the probabilities, the backbone's own too; default: the reference on
             ``features``.
+        thresholds: of the cascade of early exits, by the agreement they were chosen for.
     """
     lengths = features.lengths.tolist()
     config = ladder.config
     costs = Costs(backbone, round(sum(lengths) / len(lengths)))
 
     def reference(rung: Rung, groups: Groups, parts: Sequence[Any]) -> Tensor:
-        return predict(backbone, ladder, features, groups).argmax(-1)
+        return predict(backbone, ladder, features, groups).softmax(-1)
 
     shuffles = list(windows(len(lengths), window))
-    own = answer(Rung(), [], shuffles[0]) if answer else features.logits.argmax(-1)
+    own = answer(Rung(), [], shuffles[0]) if answer else features.logits.softmax(-1)
+    alone = compare([own], own, features.labels)
     report: dict[str, Any] = {
-        "backbone": scores([own], features) | {"accuracy": _share(own == features.labels)},
+        "backbone": alone | {"accuracy": alone["accuracy"]["mean"]},
         "mean_tokens": sum(lengths) / len(lengths),
         "rungs": {},
     }
@@ -108,60 +113,82 @@ def evaluate(
     for rung, parts in track(rounds, "groupings", console=Console(stderr=True)):
         groups = group_windows(parts, lengths, config.kind(rung))
         answers[rung].append((answer or reference)(rung, groups, parts))
-    for rung, classes in answers.items():
-        report["rungs"][str(rung)] = {
+    report |= _exit_rows(exits, features, own, costs, thresholds or {})
+    for rung, given in answers.items():
+        row = {
             "prefill_layers": config.prefill_layers,
             "layer_limit": layer_limit(rung, config.prefill_layers, backbone.num_layers),
             "speedup": costs.speedup(ladder, rung),
-            "accuracy": _summary([_share(c == features.labels) for c in classes]),
-            "agreement": _summary([_share(c == own) for c in classes]),
-        } | scores(classes, features)
-    return report | {"early_exit": _exit_rows(exits, features, own, costs), "classes": list(names)}
+        } | compare(given, own, features.labels)
+        report["rungs"][str(rung)] = row | _against(row, report)
+    return report | {"classes": list(names)}
 
 
 @torch.no_grad()
+def exit_probabilities(exits: nn.ModuleDict, features: Features) -> Tensor:
+    """What every early exit says: (B, E, C)."""
+    given = []
+    for place, head in enumerate(exits.values()):
+        states = features.exits[:, place].float().to(next(head.parameters()).device)
+        given.append(head(states).softmax(-1).cpu())
+    if not given:
+        return features.logits.new_zeros(len(features), 0, features.logits.shape[-1])
+    return torch.stack(given, dim=1)
+
+
 def _exit_rows(
-    exits: nn.ModuleDict, features: Features, own: Tensor, costs: Costs
-) -> list[dict[str, Any]]:
-    rows = []
-    for place, (layer, head) in enumerate(exits.items()):
-        device = next(head.parameters()).device
-        classes = head(features.exits[:, place].float().to(device)).argmax(-1).cpu()
-        rows.append(
+    exits: nn.ModuleDict,
+    features: Features,
+    own: Tensor,
+    costs: Costs,
+    thresholds: Mapping[float, float],
+) -> dict[str, Any]:
+    """The two lines of the rival: each early exit by itself, and the cascade of them."""
+    given = exit_probabilities(exits, features)
+    static = [
+        {"layer": int(layer), "speedup": costs.exit_speedup(head, int(layer))}
+        | _one_way(given[:, place], own, features.labels)
+        for place, (layer, head) in enumerate(exits.items())
+    ]
+    passed = costs.cascade(exits)
+    adaptive = []
+    for target, threshold in thresholds.items():
+        walked = cascade.walk(given, own, threshold)
+        adaptive.append(
             {
-                "layer": int(layer),
-                "speedup": costs.exit_speedup(head, int(layer)),
-                "accuracy": _share(classes == features.labels),
-                "agreement": _share(classes == own),
+                "target": target,
+                "threshold": threshold,
+                "speedup": cascade.speedup(walked.place, passed),
             }
+            | _one_way(walked.answers, own, features.labels)
         )
-    return rows
+    return {"early_exit": static, "cascade": adaptive}
 
 
-def scores(classes: Sequence[Tensor], features: Features) -> dict[str, Any]:
-    """Scores by class, and the confusion matrix: labels down, answers across, mean of groupings."""
-    count = features.logits.shape[-1]
-    confusion = torch.zeros(count, count, dtype=torch.float64)
-    for answer in classes:
-        flat = features.labels * count + answer
-        confusion += torch.bincount(flat, minlength=count**2).view(count, count) / len(classes)
-    hits = confusion.diagonal()
-    recall = hits / confusion.sum(1).clamp(min=1e-12)
-    precision = hits / confusion.sum(0).clamp(min=1e-12)
-    f1 = 2 * hits / (confusion.sum(0) + confusion.sum(1)).clamp(min=1e-12)
+def _one_way(answers: Tensor, own: Tensor, labels: Tensor) -> dict[str, Any]:
+    """Scores of what does not depend on company."""
+    scores = compare([answers], own, labels)
     return {
-        "confusion": confusion.tolist(),
-        "per_class": {
-            "precision": precision.tolist(),
-            "recall": recall.tolist(),
-            "f1": f1.tolist(),
-        },
+        "accuracy": scores["accuracy"]["mean"],
+        "agreement": scores["agreement"]["mean"],
+        "probabilities": scores["probabilities"],
     }
 
 
-def _share(hits: Tensor) -> float:
-    return hits.float().mean().item()
+def _against(row: Mapping[str, Any], report: Mapping[str, Any]) -> dict[str, Any]:
+    """Agreement of a rung, less that of either line of the rival at the rung's speed-up."""
+    mine = row["agreement"]["mean"]
+    found: dict[str, Any] = {}
+    for line in ("early_exit", "cascade"):
+        theirs = agreement_at(report[line], row["speedup"])
+        found[f"ahead_of_{line}"] = None if theirs is None else mine - theirs
+    return found
 
 
-def _summary(values: list[float]) -> dict[str, float]:
-    return {"mean": sum(values) / len(values), "min": min(values), "max": max(values)}
+def agreement_at(line: Sequence[Mapping[str, Any]], speedup: float) -> float | None:
+    """Agreement of a line of the rival at a speed-up, between its points; None beyond them."""
+    points = sorted([(1.0, 1.0), *((row["speedup"], row["agreement"]) for row in line)])
+    if not line or speedup > points[-1][0]:
+        return None
+    speedups, agreements = zip(*points, strict=True)
+    return float(np.interp(speedup, speedups, agreements))

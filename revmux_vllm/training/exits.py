@@ -14,7 +14,8 @@ from revmux_vllm.config import RevMuxConfig
 
 MOST_EXITS = 9
 # In a folder of its own: vLLM reads every safetensors file that lies beside config.json.
-EXIT_FILE = Path("early_exit") / "exits.safetensors"
+EXIT_FOLDER = Path("early_exit")
+EXIT_FILE = EXIT_FOLDER / "exits.safetensors"
 
 
 def exit_layers(config: RevMuxConfig, num_layers: int) -> list[int]:

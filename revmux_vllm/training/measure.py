@@ -15,7 +15,7 @@ from revmux_vllm.backbones.loading import load_backbone
 from revmux_vllm.config import RevMuxConfig
 from revmux_vllm.errors import UserError, require
 from revmux_vllm.rungs import Rung
-from revmux_vllm.training import data
+from revmux_vllm.training import cascade, data
 from revmux_vllm.training.checks import (
     check_enough,
     check_max_tokens,
@@ -80,7 +80,9 @@ def measure(
             folder, tokenize(tokenizer, texts, max_tokens)["input_ids"], window
         )
     with answering as answer:
-        return evaluate(backbone, ladder, exits, features, names, window, answer)
+        return evaluate(
+            backbone, ladder, exits, features, names, window, answer, cascade.load(folder)
+        )
 
 
 def _load_backbone(folder: Path, config: RevMuxConfig) -> Backbone:
@@ -94,7 +96,7 @@ def _load_backbone(folder: Path, config: RevMuxConfig) -> Backbone:
 
 @contextmanager
 def engine_answers(folder: Path, prompts: list[list[int]], window: int) -> Iterator[Predict]:
-    """Classes by an engine in place of the reference, from which they must not differ.
+    """Probabilities by an engine in place of the reference, from which they must not differ.
 
     All requests of a window wait together before the first step, so the scheduler packs them as
     ``pack`` does for the reference.
@@ -117,17 +119,17 @@ def engine_answers(folder: Path, prompts: list[list[int]], window: int) -> Itera
         max_num_batched_tokens=window * longest,
     )
 
-    def classes(rung: Rung, groups: Groups, parts: Sequence[Any]) -> Tensor:
+    def probabilities(rung: Rung, groups: Groups, parts: Sequence[Any]) -> Tensor:
         engine.run_at(rung)
-        answers = torch.empty(len(prompts), dtype=torch.long)
+        answers: list[Tensor] = [torch.empty(0)] * len(prompts)
         for rows in parts:
             outputs = engine.classify([prompts[row] for row in rows], logits=True)
             for row, output in zip(rows, outputs, strict=True):
                 logits = torch.tensor(output.outputs.probs)[None]
-                answers[row] = two_class_logits(logits).argmax()
-        return answers
+                answers[row] = two_class_logits(logits)[0].softmax(-1)
+        return torch.stack(answers)
 
     try:
-        yield classes
+        yield probabilities
     finally:
         engine.close()

@@ -58,7 +58,7 @@ class TrainOptions:
     adapter_hidden_size: int = 256
     recipe: Recipe = RECIPES["default"]
     max_tokens: int = 256
-    hold_out: float = 0.02
+    hold_out: float = 0.05
     bundle_backbone: bool = False
     store_dtype: str = AUTO
     bf16: bool = False

@@ -39,11 +39,15 @@ def plot_frontier(
     figure, axes = pyplot.subplots(figsize=(8, 5.5), layout="constrained")
     backbone = 100 * next(iter(reports.values()))["backbone"]["accuracy"]
     axes.axhline(backbone, color="grey", linewidth=0.8, linestyle=":", label="backbone")
-    exits = best_exits(reports.values())
-    if exits:
-        own = [(row["speedup"], 100 * row["accuracy"]) for row in exits.values()]
-        points = sorted([(1.0, backbone), *own])
-        axes.plot(*zip(*points, strict=True), "o--", color="black", label="early exit")
+    rivals = {
+        "early exit": ("o--", best_exits(reports.values()).values()),
+        "cascade of early exits": ("^:", next(iter(reports.values())).get("cascade", [])),
+    }
+    for name, (style, rows) in rivals.items():
+        if rows:
+            own = [(row["speedup"], 100 * row["accuracy"]) for row in rows]
+            points = sorted([(1.0, backbone), *own])
+            axes.plot(*zip(*points, strict=True), style, color="black", label=name)
     for name in reports if lines is None else lines:
         ways: dict[str, list[tuple[str, dict[str, Any]]]] = {}
         for rung, row in reports[name]["rungs"].items():

@@ -1,6 +1,6 @@
 """One training from start to finish: check everything, features, fit, write."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -10,11 +10,11 @@ from revmux_vllm import checkpoint
 from revmux_vllm.adapters.kinds import AdapterLadder
 from revmux_vllm.backbones.base import Backbone
 from revmux_vllm.backbones.loading import load_backbone
-from revmux_vllm.training import data, trainer, work
+from revmux_vllm.training import cascade, data, trainer, work
 from revmux_vllm.training.card import front_matter, model_card
 from revmux_vllm.training.checks import Task, check
 from revmux_vllm.training.device import process_state
-from revmux_vllm.training.evaluate import evaluate
+from revmux_vllm.training.evaluate import evaluate, exit_probabilities
 from revmux_vllm.training.exits import exit_layers, make_exits, save_exits
 from revmux_vllm.training.features import Features, extract
 from revmux_vllm.training.ladder_model import LadderModel
@@ -48,8 +48,8 @@ def train_checkpoint(options: TrainOptions, resume: bool = False) -> dict[str, A
     state.wait_for_everyone()
     set_seed(options.seed)
     # No name for the features: they are freed before what was trained is measured.
-    ladder, exits = fit(task, backbone, *features(task, backbone))
-    return write(task, backbone, ladder, exits) if state.is_main_process else None
+    trained = fit(task, backbone, *features(task, backbone))
+    return write(task, backbone, trained) if state.is_main_process else None
 
 
 def features(task: Task, backbone: Backbone) -> tuple[Features, Features | None]:
@@ -60,9 +60,21 @@ def features(task: Task, backbone: Backbone) -> tuple[Features, Features | None]
     return own, held_out
 
 
-def fit(
-    task: Task, backbone: Backbone, features: Features, held_out: Features | None
-) -> tuple[AdapterLadder, nn.ModuleDict]:
+class Trained(NamedTuple):
+    """What a training makes.
+
+    Attributes:
+        ladder: the adapters.
+        exits: early exits beside them, by layer.
+        thresholds: of the cascade of these exits; empty where no rows were held out to choose them.
+    """
+
+    ladder: AdapterLadder
+    exits: nn.ModuleDict
+    thresholds: dict[float, float]
+
+
+def fit(task: Task, backbone: Backbone, features: Features, held_out: Features | None) -> Trained:
     """The adapters, and the early exits beside them, trained."""
     options, size = task.options, backbone.hidden_size
     set_seed(options.seed)
@@ -73,18 +85,21 @@ def fit(
     exits = make_exits(layers, size, options.adapter_hidden_size, len(task.names))
     model = LadderModel(backbone, ladder, exits, options.recipe.paper_loss)
     trainer.train(model, features, held_out, work.folder_in(options.output), options)
-    return ladder, exits
+    thresholds = {}
+    if held_out is not None:
+        given = exit_probabilities(exits, held_out)
+        thresholds = cascade.calibrate(given, held_out.logits.softmax(-1))
+    return Trained(ladder, exits, thresholds)
 
 
-def write(
-    task: Task, backbone: Backbone, ladder: AdapterLadder, exits: nn.ModuleDict
-) -> dict[str, Any]:
+def write(task: Task, backbone: Backbone, trained: Trained) -> dict[str, Any]:
     """Write the checkpoint folder and measure it as it is stored.
 
     Returns:
         The report; empty where nothing is to be measured.
     """
     options, output = task.options, task.options.output
+    ladder, exits, thresholds = trained
     dtype = _store_dtype(task)
     for part in (ladder, exits):
         part.to(dtype).float()
@@ -102,11 +117,12 @@ def write(
         dtype=dtype,
     )
     save_exits(output, exits, options.adapter_hidden_size, dtype)
+    cascade.save(output, thresholds)
     (output / PLOT_FILE).unlink(missing_ok=True)
     report: dict[str, Any] = {}
     if task.measured is not None:
         own = _features_of(task, backbone, task.measured)
-        report = evaluate(backbone, ladder, exits, own, task.names)
+        report = evaluate(backbone, ladder, exits, own, task.names, thresholds=thresholds)
         checkpoint.write_card(output, card(report), report)
         plot_report(report, output / PLOT_FILE, output.name)
     work.end(work.folder_in(output), options)

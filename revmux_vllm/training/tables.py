@@ -1,27 +1,23 @@
 """What ``revmux train`` and ``revmux eval`` print, and the model card repeats: a report as rows."""
 
+from collections.abc import Iterator
 from typing import Any
 
 from rich.table import Table
 
 COLUMNS = ("", "accuracy", "agreement", "speed-up", "layer limit")
+NEAR_COLUMNS = ("", "than exit", "than cascade", "|p-p'|", "p99", "side of 0.9", "AUC")
+"""Points of agreement more than early exit, and than a cascade of early exits, has at the same
+speed-up; then how near the probabilities are to the backbone's."""
 
 
 def report_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
     """The report of ``revmux eval`` as rows under ``COLUMNS``, per cent."""
-    rows: list[tuple[str, ...]] = [
-        ("backbone", _percent(report["backbone"]["accuracy"]), "100.0", "1.00x", "1.00x")
-    ]
-    for row in report.get("early_exit", []):
-        rows.append(
-            (
-                f"early exit after layer {row['layer']}",
-                _percent(row["accuracy"]),
-                _percent(row["agreement"]),
-                f"{row['speedup']:.2f}x",
-                "",
-            )
-        )
+    accuracy = _percent(report["backbone"]["accuracy"])
+    rows: list[tuple[str, ...]] = [("backbone", accuracy, "100.0", "1.00x", "1.00x")]
+    for name, row in _rivals(report):
+        accuracy, agreement = _percent(row["accuracy"]), _percent(row["agreement"])
+        rows.append((name, accuracy, agreement, f"{row['speedup']:.2f}x", ""))
     for rung, row in report["rungs"].items():
         rows.append(
             (
@@ -35,12 +31,57 @@ def report_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
     return rows
 
 
-def report_table(report: dict[str, Any]) -> Table:
-    """The report as a table, per cent."""
-    table = Table(title="Ten groupings: mean (lowest to highest), per cent")
-    for column in COLUMNS:
+def near_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
+    """The same report as rows under ``NEAR_COLUMNS``."""
+    auc = report["backbone"]["probabilities"]["auc"]
+    rows: list[tuple[str, ...]] = [("backbone", *[""] * 5, f"{auc:.3f}")]
+    rows += [(name, "", "", *_probabilities(row)) for name, row in _rivals(report)]
+    for rung, row in report["rungs"].items():
+        ahead = (_points(row[f"ahead_of_{line}"]) for line in ("early_exit", "cascade"))
+        rows.append((rung, *ahead, *_probabilities(row)))
+    return rows
+
+
+def _rivals(report: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What the rungs are measured against."""
+    for row in report.get("early_exit", []):
+        yield f"early exit after layer {row['layer']}", row
+    for row in report.get("cascade", []):
+        yield f"cascade for {row['target']:.0%}", row
+
+
+def _probabilities(row: dict[str, Any]) -> tuple[str, ...]:
+    near = row["probabilities"]
+    return (
+        f"{near['distance_mean']:.3f}",
+        f"{near['distance_p99']:.2f}",
+        _percent(near["same_side"]["0.9"]),
+        f"{near['auc']:.3f}",
+    )
+
+
+def _points(difference: float | None) -> str:
+    """Per cent with a sign; empty where the rival has no such speed-up."""
+    return "" if difference is None else f"{100 * difference:+.1f}"
+
+
+def report_tables(report: dict[str, Any]) -> list[Table]:
+    """The report as two tables, per cent."""
+    return [
+        _table("Ten groupings: mean (lowest to highest), per cent", COLUMNS, report_rows(report)),
+        _table(
+            "Points of agreement more than the rival at that speed-up, and probabilities",
+            NEAR_COLUMNS,
+            near_rows(report),
+        ),
+    ]
+
+
+def _table(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> Table:
+    table = Table(title=title)
+    for column in columns:
         table.add_column(column, justify="right" if column else "left")
-    for row in report_rows(report):
+    for row in rows:
         table.add_row(*row)
     return table
 

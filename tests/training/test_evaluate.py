@@ -18,6 +18,7 @@ from revmux_vllm.backbones.loading import load_backbone
 from revmux_vllm.reference import classify
 from revmux_vllm.rungs import Rung
 from revmux_vllm.training import data
+from revmux_vllm.training.cascade import TARGETS
 from revmux_vllm.training.cost import Costs
 from revmux_vllm.training.evaluate import group_windows, predict, windows
 from revmux_vllm.training.features import extract
@@ -34,6 +35,7 @@ def test_json_alone_on_standard_output(trained: Path, rows: Path) -> None:
     report = json.loads(result.stdout)
     assert report["classes"] == ["LABEL_0", "LABEL_1"]
     assert [row["layer"] for row in report["early_exit"]] == [1, 2, 3]
+    assert [row["target"] for row in report["cascade"]] == list(TARGETS)
     for rung, limit in (("mux:2", 1.6), ("mux:4", 16 / 7)):
         row = report["rungs"][rung]
         assert row["prefill_layers"] == 1
@@ -94,7 +96,7 @@ def test_rows_without_labels_cannot_be_measured(trained: Path, tmp_path: Path) -
 def test_inspect(trained: Path) -> None:
     facts = json.loads(revmux(f"inspect {trained} --json").stdout)
     state = checkpoint.load_adapters(trained).state_dict()
-    count = sum(tensor.numel() for key, tensor in state.items() if key.startswith("mux:4."))
+    count = sum(tensor.numel() for key, tensor in state.items() if ".mux:4." in key)
     assert facts["rungs"]["mux:4"]["parameters"] == count
     assert facts["rungs"]["mux:4"]["accuracy"]["mean"] > 0
     assert facts["backbone"] == "in this folder"
@@ -161,7 +163,16 @@ def through_both(command: str) -> tuple[dict[str, Any], dict[str, Any]]:
 def test_the_engine_agrees_with_the_reference(trained: Path, rows: Path, window: int) -> None:
     """Windows of 24 leave some over, of composites and of the last window."""
     reference, engine = through_both(f"eval {trained} --eval {rows} --window {window}")
-    assert engine == reference
+    assert nearly(engine) == nearly(reference)
+
+
+def nearly(value: Any) -> Any:
+    """A report whose probabilities compare equal where they differ by rounding."""
+    if isinstance(value, dict):
+        return {key: nearly(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [nearly(part) for part in value]
+    return pytest.approx(value, abs=1e-4, nan_ok=True) if isinstance(value, float) else value
 
 
 def test_the_engine_answers_with_words_as_the_reference_does(tmp_path: Path) -> None:
@@ -171,7 +182,7 @@ def test_the_engine_answers_with_words_as_the_reference_does(tmp_path: Path) -> 
     reference, engine = through_both(
         f"eval {folder} --eval {write_rows(tmp_path / 'd.tsv', 48, 1)}"
     )
-    assert engine == reference
+    assert nearly(engine) == nearly(reference)
 
 
 def test_the_engine_is_told_which_text_of_a_pair_is_which(tmp_path: Path) -> None:
@@ -187,7 +198,7 @@ def test_the_engine_is_told_which_text_of_a_pair_is_which(tmp_path: Path) -> Non
     (tmp_path / "pairs.tsv").write_text(pairs)
     (tmp_path / "joined.tsv").write_text(joined)
     reference, engine = through_both(f"eval {folder} --eval {tmp_path / 'pairs.tsv'}")
-    assert engine == reference
+    assert nearly(engine) == nearly(reference)
     single = f"eval {folder} --eval {tmp_path / 'joined.tsv'} --json"
     assert "single texts, but the adapters are trained on pairs of texts" in revmux(single).output
     values = json.loads((folder / "config.json").read_text())

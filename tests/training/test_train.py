@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 from revmux_vllm import checkpoint
+from revmux_vllm.config import RevMuxConfig
 from revmux_vllm.errors import UserError
 from revmux_vllm.families import FAMILIES
 from revmux_vllm.rungs import parse_rungs
@@ -24,29 +26,36 @@ from revmux_vllm.training.exits import EXIT_FILE, exit_layers
 from revmux_vllm.training.options import TrainOptions
 
 WB = ("weight", "bias")
-MERGED = ("merger", "refiner")
+MERGED = ("merger.", "")
 UP = {f"up.{i}.{p}" for i in (0, 2, 4) for p in WB}
-MIXED = {"norm.weight", "down", "scale"} | {
+MIXED = {"norm.weight", "down", "scale", "shift"} | {
     f"coupling.functions.{i}.{j}.{p}" for i in range(4) for j in (0, 2) for p in WB
 }
-MERGE_KEYS = {"merger.score.weight", "refiner.skip_norm.weight"} | {
-    f"{part}.{p}" for part in (f"{m}.correction.{i}" for m in MERGED for i in (0, 2)) for p in WB
+MERGE_KEYS = {"merger.score.weight", "skip_norm.weight"} | {
+    f"{part}.{p}" for part in (f"{m}correction.{i}" for m in MERGED for i in (0, 2)) for p in WB
 }
-MERGE_KEYS |= {f"{part}.norm.weight" for part in MERGED}
-EXIT_KEYS = {"layers.0.weight"} | {f"layers.{i}.{p}" for i in (2, 4, 6) for p in WB}
+MERGE_KEYS |= {f"{part}norm.weight" for part in MERGED}
+EXIT_KEYS = {"skip_norm.weight"} | {f"layers.{i}.{p}" for i in (0, 2, 4) for p in WB}
 KEYS = {
     "revmux": MIXED | UP,
     "ora": MIXED | UP,
-    "vanilla": {"norm.weight"}
+    "vanilla": {"norm.weight", "scale", "shift"}
     | UP
     | {f"maps.{i}.{p}" for i in range(4) for p in WB}
     | {f"mixer.{i}.{p}" for i in (0, 2) for p in WB},
 }
 
 
+def keys_of(rung: str, keys: Iterable[str]) -> set[str]:
+    """Of both parts, without their names."""
+    prefixes = f"revmux.paths.{rung}.", f"revmux.readers.{rung}."
+    return {k.removeprefix(p) for k in keys for p in prefixes if k.startswith(p)}
+
+
 def keys_of_width_4(folder: Path) -> set[str]:
     keys = load_file(folder / checkpoint.ADAPTER_FILE)
-    return {k.removeprefix("revmux.mux:4.mux.") for k in keys if k.startswith("revmux.mux:4.mux.")}
+    found = {key.removeprefix("revmux.paths.mux:4.mux.") for key in keys if "mux:4." in key}
+    return {key.removeprefix("revmux.readers.mux:4.") for key in found}
 
 
 def test_the_folder_is_a_checkpoint(trained: Path) -> None:
@@ -55,10 +64,10 @@ def test_the_folder_is_a_checkpoint(trained: Path) -> None:
     tensors = load_file(trained / checkpoint.ADAPTER_FILE)
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
     assert keys_of_width_4(trained) == KEYS["revmux"] | {"skip_norm.weight"}
-    assert {k.removeprefix("revmux.merge:2.") for k in tensors if "merge:2." in k} == MERGE_KEYS
+    assert keys_of("merge:2", tensors) == MERGE_KEYS
     card = (trained / "README.md").read_text()
     assert "early exit after layer 1" in card
-    assert {k.removeprefix("revmux.exit.exit.") for k in tensors if "exit." in k} == EXIT_KEYS
+    assert keys_of("exit", tensors) == EXIT_KEYS
     assert list(checkpoint.read_report(trained)["rungs"]) == rungs
     assert (trained / "accuracy.png").read_bytes().startswith(b"\x89PNG")
     log = [json.loads(line) for line in (trained / "training-log.jsonl").read_text().splitlines()]
@@ -217,7 +226,8 @@ def test_widths_are_short_for_rungs() -> None:
     assert "--widths two: rung 'mux:two': expected exit, mux:N" in message
 
 
-def test_exits_stand_at_the_cut_and_at_most_five_elsewhere() -> None:
-    assert exit_layers(3, 6) == [1, 2, 3, 4, 5]
-    assert 7 in exit_layers(7, 32)
-    assert len(exit_layers(7, 32)) <= 6
+def test_exits_stand_at_the_cut_at_stops_and_at_most_nine_elsewhere() -> None:
+    at = lambda cut, layers, *names: exit_layers(RevMuxConfig(parse_rungs(names), cut), layers)  # noqa: E731
+    assert at(3, 6, "mux:2") == [1, 2, 3, 4, 5]
+    assert {7, 14} <= set(at(7, 32, "mux:2", "merge:2@14"))
+    assert len(at(7, 32, "mux:2")) <= 10
