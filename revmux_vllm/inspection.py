@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from revmux_vllm.config import RevMuxConfig, layer_limit
+from revmux_vllm.planning.options import read_options
 from revmux_vllm.terminal import AsJson, Folder, make_console, mendable_errors
 
 
@@ -48,6 +49,8 @@ def describe(folder: str | Path) -> dict[str, Any]:
             "accuracy": measured.get("accuracy"),
             "agreement": measured.get("agreement"),
         }
+    measured = checkpoint.read_measured(folder)
+    choice = read_options({}, config, measured).choice
     return {
         "architecture": values["architectures"][0],
         "adapter_type": config.adapter_type,
@@ -58,6 +61,9 @@ def describe(folder: str | Path) -> dict[str, Any]:
         "layers": layers,
         "prefill_layers": config.prefill_layers,
         "label_words": list(config.label_words) if config.label_words else None,
+        "rungs_in_use": [str(rung) for rung in choice.used],
+        "rungs_left_out": {str(rung): why for rung, why in choice.left_out.items()},
+        "served_at": str(choice),
         "rungs": rungs,
         "early_exit": report.get("early_exit", []),
     }

@@ -24,6 +24,7 @@ from revmux_vllm.checkpoint.reading import (
     meta_ladder,
     plain_backbone,
     read_config,
+    read_measured,
     read_report,
     validate,
 )
@@ -42,6 +43,7 @@ __all__ = [
     "meta_ladder",
     "plain_backbone",
     "read_config",
+    "read_measured",
     "read_report",
     "save",
     "validate",

@@ -13,6 +13,8 @@ from revmux_vllm.checkpoint.files import ADAPTER_FILE, KEY_PREFIX, REPORT_FILE, 
 from revmux_vllm.config import RevMuxConfig, as_key
 from revmux_vllm.errors import UserError, within
 from revmux_vllm.families import family_of
+from revmux_vllm.planning.worth import Measured
+from revmux_vllm.rungs import Rung
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
@@ -57,6 +59,27 @@ def read_report(folder: str | Path) -> dict[str, Any]:
     """What was measured when the checkpoint was made; empty if nothing was."""
     path = Path(folder) / REPORT_FILE
     return read_json(path) if path.is_file() else {}
+
+
+def read_measured(folder: str | Path) -> dict[Rung, Measured]:
+    """What was measured of every rung of a checkpoint; empty if nothing was.
+
+    Raises:
+        UserError: for a report that another version wrote.
+    """
+    path = Path(folder) / REPORT_FILE
+    found = {}
+    for name, row in read_report(folder).get("rungs", {}).items():
+        try:
+            found[Rung.parse(name)] = Measured(
+                speedup=row["speedup"],
+                agreement=row["agreement"]["mean"],
+                distance=row["probabilities"]["distance_mean"],
+            )
+        except (KeyError, TypeError) as error:
+            cure = "measure it again with `revmux eval FOLDER --eval ROWS --save`"
+            raise UserError(f"{path}", f"{name} has no {error}", cure=cure) from error
+    return found
 
 
 def validate(folder: str | Path) -> RevMuxConfig:

@@ -20,7 +20,7 @@ from revmux_vllm.engine.platform import native_dtype
 from revmux_vllm.engine.refusals import refuse_impossible_options
 from revmux_vllm.engine.stat_logger_entry import offer_stat_logger
 from revmux_vllm.families import family_of
-from revmux_vllm.planning.options import read_options
+from revmux_vllm.planning.options import Options, read_options
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -40,12 +40,9 @@ class RevMuxModelConfig(VerifyAndUpdateConfig):
                 what is wrong with the checkpoint.
         """
         refuse_impossible_options(vllm_config)
-        read_options(
-            vllm_config.additional_config,
-            RevMuxConfig.from_dict(vllm_config.model_config.hf_config.revmux),
-        )
         if vllm_config.load_config.load_format != "dummy":
             checkpoint.validate(vllm_config.model_config.model)
+        served_options(vllm_config)
         vllm_config.scheduler_config.scheduler_cls = "revmux_vllm.engine.scheduler.RevMuxScheduler"
         vllm_config.parallel_config.worker_cls = "revmux_vllm.engine.worker.RevMuxWorker"
         offer_stat_logger()
@@ -59,6 +56,20 @@ class RevMuxModelConfig(VerifyAndUpdateConfig):
                 "slower; --dtype float32 is the cure",
                 vllm_config.model_config.dtype,
             )
+
+
+def served_options(vllm_config: "VllmConfig") -> Options:
+    """The user's options, over what was measured of the checkpoint.
+
+    Raises:
+        UserError: see ``read_options``.
+    """
+    model = vllm_config.model_config
+    measured = None
+    if vllm_config.load_config.load_format != "dummy":
+        measured = checkpoint.read_measured(model.model)
+    config = RevMuxConfig.from_dict(model.hf_config.revmux)
+    return read_options(vllm_config.additional_config, config, measured)
 
 
 def _keep_no_prefixes(vllm_config: "VllmConfig") -> None:

@@ -22,10 +22,10 @@ from vllm.v1.request import Request
 
 from revmux_vllm.config import RevMuxConfig
 from revmux_vllm.engine.metrics import put_counts
+from revmux_vllm.engine.model_config import served_options
 from revmux_vllm.engine.orphans import end_with_parent
 from revmux_vllm.engine.stages import LOWER, UPPER, StepTimes
 from revmux_vllm.planning.costs import Budgets
-from revmux_vllm.planning.options import read_options
 from revmux_vllm.planning.packing import MuxPlan
 from revmux_vllm.planning.planner import Step, StepPlanner, Waiting
 from revmux_vllm.planning.policy import ASSUMED_STEPS
@@ -63,9 +63,12 @@ class RevMuxScheduler(Scheduler):
         end_with_parent()
         model = self.vllm_config.model_config
         config = RevMuxConfig.from_dict(model.hf_config.revmux)
+        options = served_options(self.vllm_config)
+        if options.policy == "load":
+            logger.info("RevMUX: rungs in use: %s", options.choice)
         self.planner = StepPlanner(
             config,
-            read_options(self.vllm_config.additional_config, config),
+            options,
             model.hf_config.num_hidden_layers,
             Budgets(self.max_num_scheduled_tokens, self.max_num_active_reqs),
             time.monotonic(),

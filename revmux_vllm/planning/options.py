@@ -1,10 +1,12 @@
 """What the user may say about serving: the ``revmux`` object of ``--additional-config``."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from revmux_vllm.config import RevMuxConfig
 from revmux_vllm.errors import UserError, within
+from revmux_vllm.planning.worth import MIN_AGREEMENT, Choice, Measured, choose_rungs
 from revmux_vllm.rungs import Rung, parse_rungs
 
 WHERE = "--additional-config revmux"
@@ -19,7 +21,10 @@ class Options:
         policy: ``load``, ``off`` (the backbone alone), ``fixed:N`` (composites as wide as N) or
             ``fixed:RUNG`` by name, such as ``fixed:merge:2``.
         rungs: of the checkpoint's, those allowed at all; none leaves the backbone alone. Default:
-            all but ``exit``, which has to be asked for.
+            all of them.
+        min_agreement: ``load`` uses a rung only if at least this share of its answers was measured
+            to be the backbone's, and only if no other one is as fast and better; 0 does not ask,
+            and leaves out ``exit`` unless it is named in ``rungs``.
         min_width: ``load`` saves at least this much, also when nobody else waits.
         max_width: the widest composite; 1 leaves merging alone. Default: the widest.
         target_ms: horizon of ``load``.
@@ -28,6 +33,7 @@ class Options:
         adapter_dtype: what adapters compute in: ``float32``, ``bfloat16``, or ``auto``: on a GPU
             bfloat16 where the backbone is served in 16 bits, on a CPU at least as wide as they are
             stored.
+        choice: what became of the rungs and why; not an option.
     """
 
     policy: str = "load"
@@ -38,10 +44,21 @@ class Options:
     linger_ms: float = 0.0
     isolate: bool = False
     adapter_dtype: str = "auto"
+    min_agreement: float = MIN_AGREEMENT
+    choice: Choice = Choice(())  # noqa: RUF009  frozen
 
 
-def read_options(additional_config: Any, config: RevMuxConfig) -> Options:
+def read_options(
+    additional_config: Any,
+    config: RevMuxConfig,
+    measured: Mapping[Rung, Measured] | None = None,
+) -> Options:
     """The user's options over a checkpoint.
+
+    Args:
+        additional_config: vLLM's.
+        config: of the checkpoint.
+        measured: what is known of its rungs; None: do not ask, as for random weights.
 
     Raises:
         UserError: for an unknown key or value, with what is known, in the spelling of the JSON.
@@ -49,11 +66,11 @@ def read_options(additional_config: Any, config: RevMuxConfig) -> Options:
     given = additional_config.get("revmux", {}) if isinstance(additional_config, dict) else {}
     if not isinstance(given, dict):
         raise UserError(WHERE, f"expected an object, found {given!r}")
-    known = sorted(Options.__dataclass_fields__)
+    known = sorted(set(Options.__dataclass_fields__) - {"choice"})
     if unknown := sorted(set(given) - set(known)):
         raise UserError(WHERE, f"unknown key {', '.join(unknown)}; known are {', '.join(known)}")
     with within("", lambda key: f"{WHERE}.{key}"):
-        return _read(given, config)
+        return _read(given, config, measured)
 
 
 def fixed_rung(options: Options) -> Rung:
@@ -67,7 +84,9 @@ def fixed_rung(options: Options) -> Rung:
     return names[name]
 
 
-def _read(given: dict[str, Any], config: RevMuxConfig) -> Options:
+def _read(
+    given: dict[str, Any], config: RevMuxConfig, measured: Mapping[Rung, Measured] | None
+) -> Options:
     widths = sorted({1, *(rung.mux for rung in config.rungs)})
     savings = sorted({1, *(rung.shortening * rung.mux for rung in config.rungs)})
     max_width = _one_of("max_width", given.get("max_width", widths[-1]), widths)
@@ -82,15 +101,24 @@ def _read(given: dict[str, Any], config: RevMuxConfig) -> Options:
     dtype = given.get("adapter_dtype", "auto")
     if dtype not in ADAPTER_DTYPES:
         raise UserError("`adapter_dtype`", expected=f"one of {ADAPTER_DTYPES}", found=dtype)
-    rungs = tuple(rung for rung in _read_rungs(given, config) if rung.mux <= max_width)
+    least = given.get("min_agreement", MIN_AGREEMENT)
+    if not isinstance(least, int | float) or isinstance(least, bool) or not 0 <= least <= 1:
+        raise UserError("`min_agreement`", expected="a share, 0 to 1", found=least)
+    known = measured if least else None
+    default = [rung for rung in config.rungs if known is not None or not rung.exit]
+    rungs = tuple(r for r in _read_rungs(given, config, default) if r.mux <= max_width)
     options = Options(**given | {"rungs": rungs, "max_width": max_width})
     if options.policy not in ("load", "off"):
         fixed_rung(options)
-    return options
+        return options
+    choice = choose_rungs(rungs, known, least)
+    return replace(options, rungs=choice.used, choice=choice)
 
 
-def _read_rungs(given: dict[str, Any], config: RevMuxConfig) -> tuple[Rung, ...]:
-    names = given.get("rungs", [str(rung) for rung in config.rungs if not rung.exit])
+def _read_rungs(
+    given: dict[str, Any], config: RevMuxConfig, default: Sequence[Rung]
+) -> tuple[Rung, ...]:
+    names = given.get("rungs", list(map(str, default)))
     if not isinstance(names, list):
         raise UserError("`rungs`", expected="a list", found=names)
     with within("`rungs`"):

@@ -192,6 +192,9 @@ def evaluate(
     plot: Annotated[
         Path | None, typer.Option(help="Picture to write: accuracy against speed-up.")
     ] = None,
+    save: Annotated[
+        bool, typer.Option("--save", help="Keep it in the checkpoint: servers go by it.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Accuracy of every rung over ten shuffled groupings, beside the backbone's own.
@@ -199,9 +202,9 @@ def evaluate(
     Early exit, the alternative that costs less to build, stands in the table and in the plot.
     """
     with mendable_errors(), redirect_stdout(stderr):
-        require("accelerate", "psutil", extra="train")
+        require("accelerate", "psutil", "sklearn", extra="train")
         check_plot(plot)
-        if plot is not None:
+        if plot is not None or save:
             require("matplotlib", extra="train")
         _quiet()
         from revmux_vllm.training.measure import measure
@@ -214,6 +217,7 @@ def evaluate(
             window=window,
             max_tokens=max_tokens,
             engine=engine,
+            save=save,
         )
     if as_json:
         print(json.dumps(report))

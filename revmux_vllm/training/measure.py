@@ -16,6 +16,7 @@ from revmux_vllm.config import RevMuxConfig
 from revmux_vllm.errors import UserError, require
 from revmux_vllm.rungs import Rung
 from revmux_vllm.training import cascade, data
+from revmux_vllm.training.card import front_matter, model_card
 from revmux_vllm.training.checks import (
     check_enough,
     check_max_tokens,
@@ -27,6 +28,7 @@ from revmux_vllm.training.device import process_state
 from revmux_vllm.training.evaluate import Groups, Predict, evaluate
 from revmux_vllm.training.exits import load_exits
 from revmux_vllm.training.features import extract, tokenize
+from revmux_vllm.training.plot import PLOT_FILE, plot_report
 
 
 def measure(
@@ -38,6 +40,7 @@ def measure(
     window: int,
     max_tokens: int,
     engine: bool,
+    save: bool = False,
 ) -> dict[str, Any]:
     """The report of a checkpoint on ``rows``, with its early exits.
 
@@ -48,6 +51,7 @@ def measure(
         window: requests packed together.
         max_tokens: longer rows are cut.
         engine: let vLLM answer, which must be installed.
+        save: keep the report in the checkpoint, for servers and for its model card.
 
     Raises:
         UserError: for a broken checkpoint or unusable rows.
@@ -80,9 +84,20 @@ def measure(
             folder, tokenize(tokenizer, texts, max_tokens)["input_ids"], window
         )
     with answering as answer:
-        return evaluate(
+        report = evaluate(
             backbone, ladder, exits, features, names, window, answer, cascade.load(folder)
         )
+    if save:
+        keep(folder, config, backbone.num_layers, report)
+    return report
+
+
+def keep(folder: Path, config: RevMuxConfig, num_layers: int, report: dict[str, Any]) -> None:
+    """Write a report, and the model card and the plot of it, into a checkpoint folder."""
+    front = front_matter(checkpoint.backbone_folder(folder))
+    card = model_card(folder.name, front, config, num_layers, report)
+    checkpoint.write_card(folder, card, report)
+    plot_report(report, folder / PLOT_FILE, folder.name)
 
 
 def _load_backbone(folder: Path, config: RevMuxConfig) -> Backbone:

@@ -4,6 +4,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+PLOT_FILE = "accuracy.png"
+"""In a checkpoint folder."""
+
 
 def plot_report(report: dict[str, Any], path: Path, title: str) -> None:
     """Draw the report of ``revmux eval`` as a PNG; a bar is the spread over the groupings."""

@@ -20,9 +20,7 @@ from revmux_vllm.training.features import Features, extract
 from revmux_vllm.training.ladder_model import LadderModel
 from revmux_vllm.training.matching import match_composites
 from revmux_vllm.training.options import AUTO, STORE_DTYPES, TrainOptions
-from revmux_vllm.training.plot import plot_report
-
-PLOT_FILE = "accuracy.png"
+from revmux_vllm.training.plot import PLOT_FILE, plot_report
 
 
 def train_checkpoint(options: TrainOptions, resume: bool = False) -> dict[str, Any] | None:

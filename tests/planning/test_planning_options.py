@@ -17,7 +17,7 @@ CONFIG = RevMuxConfig(parse_rungs(["mux:2", "mux:4", "merge:2", "exit"]), prefil
         (
             {"linger": 3},
             "unknown key linger; known are adapter_dtype, isolate, linger_ms, max_width, "
-            "min_width, policy, rungs, target_ms",
+            "min_agreement, min_width, policy, rungs, target_ms",
         ),
         ({"max_width": 3}, r"max_width: expected one of \[1, 2, 4\], found 3"),
         ({"max_width": True}, r"max_width: expected one of \[1, 2, 4\], found True"),
@@ -25,6 +25,7 @@ CONFIG = RevMuxConfig(parse_rungs(["mux:2", "mux:4", "merge:2", "exit"]), prefil
         ({"linger_ms": -1}, "linger_ms: expected milliseconds, found -1"),
         ({"linger_ms": "5"}, "linger_ms: expected milliseconds, found '5'"),
         ({"target_ms": 0}, "target_ms: expected milliseconds, above 0, found 0"),
+        ({"min_agreement": 95}, "min_agreement: expected a share, 0 to 1, found 95"),
         ({"isolate": 1}, "isolate: expected true or false, found 1"),
         (
             {"policy": "fixed:8"},
