@@ -95,7 +95,8 @@ def run(
 
 
 def rows_of(model: Model, rungs: tuple[Rung, ...] | None) -> list[Row]:
-    """The rows of a model: alone, of each of ``rungs``, all of its own for None, and of ``load``.
+    """The rows of a model: alone, of each of ``rungs``, all of its own for None, and of ``load``,
+    which chooses among ``rungs``, or for None among those that a server uses.
 
     Raises:
         UserError: for a rung that the checkpoint lacks.
@@ -105,7 +106,7 @@ def rows_of(model: Model, rungs: tuple[Rung, ...] | None) -> list[Row]:
     if missing := [str(rung) for rung in chosen if rung not in own]:
         problem = f"the checkpoint has no {', '.join(missing)}; it has {', '.join(map(str, own))}"
         raise UserError("`rungs`", problem)
-    by_load = tuple(rung for rung in chosen if not rung.exit)
+    by_load = model.in_use if rungs is None else rungs
     shape = model.config.prefill_layers, model.num_layers
     widest = max((Rung(), *by_load), key=lambda rung: rung.saving(*shape))
     single = [Row(model, str(rung), rung, rung) for rung in chosen]

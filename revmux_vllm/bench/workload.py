@@ -12,6 +12,7 @@ from revmux_vllm.config import RevMuxConfig
 from revmux_vllm.errors import UserError
 from revmux_vllm.families import family_of
 from revmux_vllm.planning.options import read_options
+from revmux_vllm.rungs import Rung
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Model:
         folder: where it is.
         config: its ``revmux`` object.
         num_layers: layers L of the backbone.
+        in_use: rungs that a server uses unless told otherwise.
         plain_architecture: vLLM's own class for the backbone; None where vLLM alone cannot serve
             it, because it answers with label words.
     """
@@ -31,6 +33,7 @@ class Model:
     folder: Path
     config: RevMuxConfig
     num_layers: int
+    in_use: tuple[Rung, ...]
     plain_architecture: str | None
 
 
@@ -50,12 +53,15 @@ def read_model(name: str, load_format: str | None = None) -> Model:
         UserError: if it is none.
     """
     folder = bundled.resolve(name)
+    measured = None
     if load_format != "dummy":
         checkpoint.validate(folder)
+        measured = checkpoint.read_measured(folder)
     config, values = checkpoint.read_config(folder)
     layers = checkpoint.backbone_shape(values)[1]
     plain = None if config.label_words else family_of(values["model_type"]).plain_architecture
-    return Model(name, folder, config, layers, plain)
+    in_use = read_options({}, config, measured).rungs
+    return Model(name, folder, config, layers, in_use, plain)
 
 
 def prepare(settings: OnlineSettings) -> Workload:
