@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from revmux_vllm.assembly import assembled
 from revmux_vllm.errors import UserError
 
 _HERE = Path(__file__).resolve().parent
@@ -17,7 +18,8 @@ def bundled_checkpoints() -> dict[str, Path]:
 
 
 def resolve(name: str | Path) -> Path:
-    """A folder: the path itself if there is one of that name, else the bundled checkpoint.
+    """A folder: the path itself if there is one of that name, else the bundled checkpoint, which is
+    put together first where it is not whole.
 
     Raises:
         UserError: listing the bundled names.
@@ -29,4 +31,4 @@ def resolve(name: str | Path) -> Path:
         raise UserError(
             f"{name}", "no such folder", cure=f"bundled are {', '.join(bundled) or 'none'}"
         )
-    return bundled[str(name)]
+    return assembled(bundled[str(name)])

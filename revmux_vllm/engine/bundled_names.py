@@ -11,6 +11,7 @@ import inspect
 from pathlib import Path
 from typing import Any
 
+from revmux_vllm.assembly import assembled
 from revmux_vllm.bundled import bundled_checkpoints
 from revmux_vllm.engine.platform import native_dtype
 
@@ -56,4 +57,4 @@ def folder_of(name: Any) -> str | None:
     if not isinstance(name, str | Path) or Path(name).is_dir():
         return None
     folder = bundled_checkpoints().get(str(name))
-    return None if folder is None else str(folder)
+    return None if folder is None else str(assembled(folder))
