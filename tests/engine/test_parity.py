@@ -142,7 +142,7 @@ def test_label_words(
     own_head = "lm_head.weight" in load_file(folder / "model.safetensors")
     assert own_head is (family in ("llama", "t5-v1.1")), "both kinds of LM head are to be tested"
     engine, reference = make_engine(folder), reference_of(folder)
-    for kind in (BOTH, MIXED, EXIT, ""):
+    for kind in (BOTH, MIXED, EXIT, STOPS, ""):
         check(engine, reference, kind)
 
 
