@@ -141,7 +141,7 @@ def train(
     with mendable_errors(_how_to_go_on(output)):
         require("accelerate", "datasets", "psutil", extra="train")
         if eval is not None:
-            require("matplotlib", extra="train")
+            require("matplotlib", "sklearn", extra="train")
         if recipe not in RECIPES:
             raise UserError("`recipe`", expected=" or ".join(RECIPES), found=recipe)
         options = TrainOptions(

@@ -14,8 +14,9 @@ from conftest import make_tiny_checkpoint
 from vllm.config import ECTransferConfig, KVTransferConfig, PoolerConfig
 from vllm.engine.arg_utils import EngineArgs
 
+from revmux_vllm import checkpoint
 from revmux_vllm.engine import version
-from revmux_vllm.engine.model_config import RevMuxModelConfig
+from revmux_vllm.engine.model_config import RevMuxModelConfig, served_options
 
 
 def configure(model: Path, **options: Any) -> Any:
@@ -158,3 +159,31 @@ def test_a_broken_checkpoint_is_refused_before_the_engine_starts(
     (folder / "config.json").write_text(json.dumps(values))
     with pytest.raises(ValueError, match=r"revmux\.rungs: mux:3: 3 does not divide"):
         configure(folder)
+
+
+def test_a_server_uses_what_was_measured_to_be_worth_it(tmp_path: Path) -> None:
+    folder = make_tiny_checkpoint(tmp_path, rungs="mux:2,mux:4,merge:2@2,exit")
+
+    def used(**options: Any) -> list[str]:
+        return [str(rung) for rung in served_options(configure(folder, **options)).rungs]
+
+    whatever = {"additional_config": {"revmux": {"min_agreement": 0}}}
+    everything = ["mux:2", "mux:4", "merge:2@2"]
+    assert used() == [], "never measured, so alone"
+    assert used(**whatever) == everything
+    assert used(load_format="dummy") == everything
+    rows = {"mux:2": (1.5, 0.9), "mux:4": (2.1, 0.97), "merge:2@2": (3.0, 0.96), "exit": (4, 0.8)}
+    report = {
+        "rungs": {
+            name: {
+                "speedup": speedup,
+                "agreement": {"mean": agreement},
+                "probabilities": {"distance_mean": 0.02},
+            }
+            for name, (speedup, agreement) in rows.items()
+        }
+    }
+    (folder / checkpoint.REPORT_FILE).write_text(json.dumps(report))
+    assert used() == ["mux:4", "merge:2@2"]
+    assert used(**whatever) == everything
+    assert used(additional_config={"revmux": {"min_agreement": 0.7}})[0] == "exit"
