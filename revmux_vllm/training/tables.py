@@ -45,7 +45,7 @@ def near_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
 def _rivals(report: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """What the rungs are measured against."""
     for row in report.get("early_exit", []):
-        yield f"early exit after layer {row['layer']}", row
+        yield f"early exit after {row['layer']}", row
     for row in report.get("cascade", []):
         yield f"cascade for {row['target']:.0%}", row
 
@@ -80,7 +80,7 @@ def report_tables(report: dict[str, Any]) -> list[Table]:
 def _table(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> Table:
     table = Table(title=title)
     for column in columns:
-        table.add_column(column, justify="right" if column else "left")
+        table.add_column(column, justify="right" if column else "left", no_wrap=column == "")
     for row in rows:
         table.add_row(*row)
     return table

@@ -66,7 +66,7 @@ def test_the_folder_is_a_checkpoint(trained: Path) -> None:
     assert keys_of_width_4(trained) == KEYS["revmux"] | {"skip_norm.weight"}
     assert keys_of("merge:2", tensors) == MERGE_KEYS
     card = (trained / "README.md").read_text()
-    assert "early exit after layer 1" in card
+    assert "early exit after 1" in card
     assert keys_of("exit", tensors) == EXIT_KEYS
     assert list(checkpoint.read_report(trained)["rungs"]) == rungs
     assert (trained / "accuracy.png").read_bytes().startswith(b"\x89PNG")
@@ -228,6 +228,7 @@ def test_widths_are_short_for_rungs() -> None:
 
 def test_exits_stand_at_the_cut_at_stops_and_at_most_nine_elsewhere() -> None:
     at = lambda cut, layers, *names: exit_layers(RevMuxConfig(parse_rungs(names), cut), layers)  # noqa: E731
-    assert at(3, 6, "mux:2") == [1, 2, 3, 4, 5]
+    assert at(1, 4, "mux:2") == [1, 2, 3]
+    assert at(3, 12, "mux:2") == [2, 3, 5, 7, 10]
     assert {7, 14} <= set(at(7, 32, "mux:2", "merge:2@14"))
     assert len(at(7, 32, "mux:2")) <= 10
