@@ -19,8 +19,10 @@ EXIT_FILE = EXIT_FOLDER / "exits.safetensors"
 
 
 def exit_layers(config: RevMuxConfig, num_layers: int) -> list[int]:
-    """After which layers to measure early exit: the cut, stops, and others evenly spread: a third of
-    the layers, at most nine."""
+    """After which layers to measure early exit: the cut, stops, and others evenly spread.
+
+    These are a third of the layers, at most nine.
+    """
     count = min(MOST_EXITS, max(3, num_layers // 3), num_layers - 1)
     spread = {round((i + 1) * num_layers / (count + 1)) for i in range(count)}
     stops = {rung.stop for rung in config.rungs if rung.stop}
