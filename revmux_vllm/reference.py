@@ -125,8 +125,10 @@ def multiplex(
     num_groups, width, num_rows, hidden_size = rows.shape
     present = inside(lengths, num_rows).view(num_groups, width, num_rows)
     sinks = None
-    if ends.has_sink:
-        sinks = torch.arange(num_groups * num_rows, device=rows.device) % num_rows == 0
+    if ends.has_sink:  # unless a member is read there, having no other row
+        is_apart = lengths.view(num_groups, width).amin(1) > 1  # (G,)
+        is_first = torch.arange(num_rows, device=rows.device) == 0  # (T',)
+        sinks = (is_apart[:, None] & is_first).flatten()
     mixed, streams = path.multiplex(
         rows.transpose(1, 2).reshape(-1, width, hidden_size),  # (G*T', N, D)
         present.transpose(1, 2).reshape(-1, width),

@@ -48,7 +48,8 @@ def test_it_round_trips_bit_for_bit(folder: Path, tmp_path: Path, dtype: torch.d
 def test_the_adapter_file_holds_adapter_keys_alone(folder: Path) -> None:
     keys = load_file(folder / checkpoint.ADAPTER_FILE).keys()
     assert {key.split(".")[0] for key in keys} == {"revmux"}
-    assert {key.split(".")[1] for key in keys} == {"mux:2", "mux:4", "mux:8"}
+    assert {key.split(".")[1] for key in keys} == {"paths", "readers"}
+    assert {key.split(".")[2] for key in keys} == {"mux:2", "mux:4", "mux:8"}
 
 
 def test_the_backbone_can_be_named(tmp_path: Path) -> None:
@@ -74,23 +75,27 @@ def test_another_backbone_than_the_named_one_is_refused(tmp_path: Path) -> None:
     ("change", "message"),
     [
         (
-            lambda t: t.pop("revmux.mux:2.mux.scale"),
-            "revmux.mux:2.mux.scale: missing",
+            lambda t: t.pop("revmux.paths.mux:2.mux.scale"),
+            "revmux.paths.mux:2.mux.scale: missing",
         ),
         (
             lambda t: t.update({"revmux.2.extra": torch.zeros(1)}),
             "revmux.2.extra: unknown key",
         ),
         (
-            lambda t: t.update({"revmux.mux:4.mux.scale": torch.zeros(63)}),
-            r"revmux.mux:4.mux.scale: expected shape \[64\], found \[63\]",
+            lambda t: t.update({"revmux.paths.mux:4.mux.scale": torch.zeros(63)}),
+            r"revmux.paths.mux:4.mux.scale: expected shape \[64\], found \[63\]",
         ),
         (
-            lambda t: t.update({"revmux.mux:4.mux.scale": torch.zeros(64, dtype=torch.int32)}),
-            r"revmux.mux:4.mux.scale: expected one of .*'F32'.*, found I32",
+            lambda t: t.update(
+                {"revmux.paths.mux:4.mux.scale": torch.zeros(64, dtype=torch.int32)}
+            ),
+            r"revmux.paths.mux:4.mux.scale: expected one of .*'F32'.*, found I32",
         ),
         (
-            lambda t: t.update({"revmux.mux:4.mux.scale": torch.zeros(64, dtype=torch.float16)}),
+            lambda t: t.update(
+                {"revmux.paths.mux:4.mux.scale": torch.zeros(64, dtype=torch.float16)}
+            ),
             "expected one dtype for all weights, found",
         ),
     ],

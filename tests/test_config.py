@@ -11,7 +11,7 @@ from revmux_vllm.config import RevMuxConfig, layer_limit
 from revmux_vllm.rungs import Rung
 
 GOOD: dict[str, Any] = {
-    "format_version": 2,
+    "format_version": 3,
     "rungs": ["mux:2", "mux:4", "merge:2+mux:4"],
     "prefill_layers": 3,
     "adapter_type": "revmux",
@@ -41,7 +41,7 @@ def test_it_round_trips() -> None:
         ({"skip": 1}, "revmux.skip: expected true or false, found 1"),
         ({"label_words": ["yes"]}, "revmux.label_words: expected at least two different words"),
         ({"label_words": "yes"}, "revmux.label_words: expected at least two different words"),
-        ({"format_version": 7}, "revmux.format_version: expected 2, found 7"),
+        ({"format_version": 7}, "revmux.format_version: expected 3, found 7"),
         ({"backbone": 5}, "revmux.backbone: expected a path or hub id, found 5"),
     ],
 )

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from revmux_vllm.planning.costs import Budgets
 from revmux_vllm.planning.options import read_options
 from revmux_vllm.planning.planner import StepPlanner, Waiting
-from revmux_vllm.rungs import row_counts
+from revmux_vllm.rungs import Ends, row_counts
 from revmux_vllm.serving.messages import Work
 
 BASE = Setting(replicas=4)
@@ -131,7 +131,8 @@ def test_its_engines_plan_as_the_planner_does() -> None:
         assert composites == step.composites
         tokens = sum(member.num_tokens for member in step.members)
         rows = sum(
-            row_counts(max(m.num_tokens for m in group), rung.merge) for rung, group in composites
+            row_counts(max(m.num_tokens for m in group), rung.merge, Ends())
+            for rung, group in composites
         )
         assert seconds == costs.seconds(tokens, rows)
         assert [request.tokens for request in engine.running] == [

@@ -164,7 +164,9 @@ def make_layout(
         at = np.repeat(np.arange(len(table)), rows_of[index])  # (R,) composite
         pooled = source.num_rows * 0 if ends.pools_first else source.num_rows - 1
         read_at = upper_starts[index][:, None] + pooled
-        sinks = place[first:last] == 0 if ends.has_sink and rung.mux > 1 else None
+        sinks = None
+        if ends.has_sink and rung.mux > 1:  # a member that is read there has no other row
+            sinks = (place[first:last] == 0) & (source.num_rows.min(1) > 1)[at]
         part = _rung_layout(rung, table, source, at, place[first:last], read_at, sinks, speaks)
         parts.append(part)
     carrier_rows = np.repeat(starts[carriers], rows_of) + place

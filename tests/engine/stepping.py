@@ -29,7 +29,7 @@ def vllm_config(folder: Path, priority: bool = False, **options: Any) -> VllmCon
         max_num_batched_tokens=MAX_TOKENS,
         max_num_seqs=MAX_REQUESTS,
         scheduling_policy="priority" if priority else "fcfs",
-        additional_config={"revmux": options},
+        additional_config={"revmux": {"min_agreement": 0} | options},
     ).create_engine_config()
 
 

@@ -36,7 +36,7 @@ from revmux_vllm.bench.local_server import LocalServer
 from revmux_vllm.bench.metrics import parse_rung_counts
 
 # The default policy packs what one core cannot answer alone. A GPU can; so there, pairs at least.
-SERVER_OPTIONS = {"min_width": 2} if torch.cuda.is_available() else {}
+SERVER_OPTIONS = {"min_agreement": 0} | ({"min_width": 2} if torch.cuda.is_available() else {})
 SERVER_ENV = {
     "VLLM_CPU_OMP_THREADS_BIND": str(min(os.sched_getaffinity(0))),
     # A client that falls behind must not meet connections that the server has given up on.
