@@ -55,5 +55,5 @@ def test_the_reference_computes_as_much_less_as_the_rung_says(
     ladder = AdapterLadder(RevMuxConfig((rung,), prefill_layers=2, adapter_hidden_size=8), 64)
     limit = layer_limit(rung, 2, 8)
     speedup = Costs(backbone, TOKENS).speedup(ladder, rung)
-    assert 0.8 * limit < speedup
+    assert 0.85 * limit < speedup
     assert speedup > 1.3

@@ -142,10 +142,8 @@ class AdapterLadder(nn.Module):
         self.paths, self.readers = nn.ModuleDict(), nn.ModuleDict()
         for rung in config.rungs:
             if str(rung.path) not in self.paths:
-                path = PATHS[rung.kind](rung, config, hidden_size)
-                self.paths[str(rung.path)] = path
-            path = self._path(rung)
-            self.readers[str(rung)] = make_reader(rung, path, config, hidden_size)
+                self.paths[str(rung.path)] = PATHS[rung.kind](rung, config, hidden_size)
+            self.readers[str(rung)] = make_reader(rung, self._path(rung), config, hidden_size)
 
     def _path(self, rung: Rung) -> Path:
         path = self.paths[str(rung.path)]

@@ -231,11 +231,12 @@ def test_the_papers_other_adapters(
 
 def test_merging_changes_answers(tiny_merging: Path) -> None:
     reference = reference_of(tiny_merging)
-    prompts = [prompt for prompt in random_prompts(7, 16) if len(prompt) > 3]
+    # Of a short one most tokens keep rows of their own.
+    prompts = [prompt for prompt in random_prompts(7, 64) if len(prompt) > 8]
     alone = [(i,) for i in range(len(prompts))]
     a, b, c = (reference(prompts, alone, [Rung(n)] * len(prompts)) for n in (1, 2, 3))
     for one, other in ((a, b), (a, c), (b, c)):
-        assert (one - other).abs().amax(-1).median() > 50 * FLOAT32_TOLERANCE
+        assert (one - other).abs().amax(-1).median() > 100 * FLOAT32_TOLERANCE
 
 
 def test_company_changes_answers(reference: Reference) -> None:
