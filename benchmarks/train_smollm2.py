@@ -5,11 +5,16 @@ embeddings and lowest layers stay as they are, the others get low-rank updates (
 2022; `pip install peft`), and only these and the head are written. `assemble` makes the whole
 classifier of them, which `revmux train` takes as its backbone.
 
-The dev set is read for reporting only: nothing is selected on it.
+Some sentences, with every phrase of them, are kept back: `kept-back.tsv` has rows that the
+classifier never saw, to choose on what has to be chosen (`revmux train --validation`). The dev set
+is read for reporting only: nothing is selected on it.
 """
 
+import csv
+import random
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from datasets import Dataset
@@ -29,6 +34,9 @@ from revmux_vllm.training.features import tokenize
 app = typer.Typer(help=__doc__, rich_markup_mode="markdown")
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+SENTENCE_WORDS, PHRASE_WORDS = 20, 3
+MIN_WORDS = 6
+"""Of rows that are kept back: SST-2 is mostly phrases of a few words, which nobody asks about."""
 Labels = Annotated[str, typer.Option(help="Names of the classes, in order.")]
 
 
@@ -43,13 +51,34 @@ def recipe(labels: str) -> Recipe:
     )
 
 
-def rows_of(path: Path, tokenizer: object, names: list[str]) -> tuple[Dataset, list[int]]:
-    """Rows of a file for ``Trainer``, and the words of each."""
-    rows = data_files.read_rows(path, names, need_labels=True)
-    words = [len(str(text).split()) for text in rows.texts]
-    encoded = tokenize(tokenizer, rows, MAX_TOKENS)
-    columns = {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
-    return Dataset.from_dict({**columns, "labels": rows.labels}), words
+def encoded(rows: data_files.LabelledText, tokenizer: object) -> Dataset:
+    """Rows for ``Trainer``."""
+    ids = tokenize(tokenizer, rows, MAX_TOKENS)
+    columns = {"input_ids": ids["input_ids"], "attention_mask": ids["attention_mask"]}
+    return Dataset.from_dict({**columns, "labels": rows.labels})
+
+
+def keep_back(texts: Sequence[Any], count: int, seed: int) -> list[bool]:
+    """Which rows belong to ``count`` of the longer ones: these, and all that stands in them."""
+    whole = [i for i, text in enumerate(texts) if words(text) >= SENTENCE_WORDS]
+    sentences = [f" {texts[i]} " for i in random.Random(seed).sample(whole, min(count, len(whole)))]
+    everything = "\n".join(sentences)
+    return [words(text) >= PHRASE_WORDS and f" {text} " in everything for text in texts]
+
+
+def words(text: Any) -> int:
+    """Of a text, or of both texts of a pair."""
+    return len((text if isinstance(text, str) else " ".join(text)).split())
+
+
+def write_rows(path: Path, rows: data_files.LabelledText) -> None:
+    """As a file that `revmux train` reads."""
+    columns = ("text_a", "text_b") if rows.pairs else ("text",)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, delimiter="\t", quoting=csv.QUOTE_NONE, quotechar=None)
+        writer.writerow(("label", *columns))
+        for label, text in zip(rows.labels, rows.texts, strict=True):
+            writer.writerow((label, *((text,) if isinstance(text, str) else text)))
 
 
 @app.command()
@@ -57,14 +86,15 @@ def train(
     data: DataDir,
     output: Output,
     labels: Labels = "negative,positive",
-    rows: Annotated[int, typer.Option(help="Rows to train on, drawn at random.")] = 26_000,
-    min_words: Annotated[
-        int, typer.Option(help="Leave out shorter rows; SST-2 is mostly phrases of a few words.")
-    ] = 6,
+    rows: Annotated[int, typer.Option(help="Most rows to train on, drawn at random.")] = 70_000,
+    sentences: Annotated[
+        int, typer.Option(help="Longer rows to keep back, and what is in them.")
+    ] = 350,
     frozen_layers: Annotated[int, typer.Option(help="Lowest layers that get no update.")] = 8,
     rank: Annotated[int, typer.Option(help="Of the updates.")] = 16,
-    learning_rate: Annotated[float, typer.Option(help="At its highest.")] = 4e-4,
-    epochs: Epochs = 1.0,
+    learning_rate: Annotated[float, typer.Option(help="At its highest.")] = 5e-4,
+    batch_size: Annotated[int, typer.Option(help="Rows per step.")] = 64,
+    epochs: Epochs = 2.0,
     seed: Seed = 0,
 ) -> None:
     """Train the updates and the head."""
@@ -77,8 +107,16 @@ def train(
     tokenizer = AutoTokenizer.from_pretrained(base)
     model = AutoModelForSequenceClassification.from_pretrained(base)
     names = labels.split(",")
-    everything, words = rows_of(data / "train.tsv", tokenizer, names)
-    long = everything.select([i for i, count in enumerate(words) if count >= min_words])
+    everything = data_files.read_rows(data / "train.tsv", names, need_labels=True)
+    kept_back = keep_back(everything.texts, sentences, seed)
+    chosen = [i for i, is_kept in enumerate(kept_back) if not is_kept]
+    fresh = [
+        i
+        for i, is_kept in enumerate(kept_back)
+        if is_kept and words(everything.texts[i]) >= MIN_WORDS
+    ]
+    write_rows(output / "kept-back.tsv", everything.select(fresh))
+    random.Random(seed).shuffle(chosen)
     updates = LoraConfig(
         task_type="SEQ_CLS",
         r=rank,
@@ -91,9 +129,11 @@ def train(
     trained.print_trainable_parameters()
     trainer = Trainer(
         model=trained,
-        args=arguments(output, epochs, learning_rate, 32, seed),
-        train_dataset=long.shuffle(seed=seed).select(range(min(rows, len(long)))),
-        eval_dataset=rows_of(data / "dev.tsv", tokenizer, names)[0],
+        args=arguments(output, epochs, learning_rate, batch_size, seed),
+        train_dataset=encoded(everything.select(chosen[:rows]), tokenizer),
+        eval_dataset=encoded(
+            data_files.read_rows(data / "dev.tsv", names, need_labels=True), tokenizer
+        ),
         data_collator=DataCollatorWithPadding(tokenizer),
         compute_metrics=accuracy,
     )

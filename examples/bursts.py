@@ -14,17 +14,27 @@ from revmux_vllm.bench.metrics import SETTLE_S, parse_rung_counts
 
 @dataclass(frozen=True)
 class Answer:
-    """The likeliest label of one text and its probability."""
+    """What one text is answered.
+
+    Attributes:
+        label: the likeliest, by name, or by place where the model has no names.
+        probability: of it.
+        probs: of all labels in order.
+        place: of the likeliest among them.
+    """
 
     label: str
     probability: float
+    probs: tuple[float, ...] = ()
+    place: int = 0
 
     @classmethod
     def from_response(cls, body: Mapping[str, Any]) -> "Answer":
         """Read one ``/classify`` answer; a model without label names is answered by index."""
         data = body["data"][0]
         best = max(data["probs"])
-        return cls(data["label"] or str(data["probs"].index(best)), best)
+        place = data["probs"].index(best)
+        return cls(data["label"] or str(place), best, tuple(data["probs"]), place)
 
 
 class Target:
@@ -62,6 +72,15 @@ class Target:
         started = time.perf_counter()
         answers = await asyncio.gather(*(self.classify(text) for text in texts))
         return answers, len(texts) / (time.perf_counter() - started)
+
+    async def batch(self, prompts: Sequence[Sequence[int]]) -> float:
+        """All prompts, as token ids, in one request: prompts per second."""
+        body = {"model": self.model, "input": prompts}
+        started = time.perf_counter()
+        async with self._session.post("/classify", json=body) as response:
+            answers = (await response.json())["data"]
+        assert len(answers) == len(prompts)
+        return len(prompts) / (time.perf_counter() - started)
 
     async def rung_counts(self) -> Counter[str]:
         """Requests by rung since the server started."""

@@ -1,14 +1,16 @@
-"""Serve the bundled classifier, multiplexed and not, and compare answers and throughput.
+"""Serve a bundled classifier, multiplexed and not, and compare answers and throughput.
 
-Two servers of the same backbone: ``revmux-llama`` as it is bundled, and its backbone alone under
-vLLM's own class. Bursts alternate between them, and each waits for the other to fall idle, so both
-see the same machine.
+Two servers of the same backbone, the bundled model as it is and its backbone alone under vLLM's own
+class, get the same bursts by turns; each waits for the other to fall idle, so both see the same
+machine. Then a third server, which runs everything in composites, does the same in a round of its
+own. The first round of every server warms it up.
 """
 
 import asyncio
 import json
 import statistics
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,177 +19,235 @@ from typing import Annotated, Any
 import aiohttp
 import typer
 from bursts import Answer, Target
+from plot import plot_demo
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn
 from rich.table import Table
+from transformers import AutoTokenizer
 
 from revmux_vllm import checkpoint
-from revmux_vllm.bench.local_server import ServerError
+from revmux_vllm.bench.local_server import LocalServer, ServerError
 from revmux_vllm.bench.metrics import mixed_layer_limit
-from revmux_vllm.bench.servers import PLAIN, check_alive, progress_bar, server_pair, wait_for
+from revmux_vllm.bench.servers import (
+    PLAIN,
+    check_alive,
+    multiplexed_server,
+    progress_bar,
+    server_pair,
+    wait_for,
+)
 from revmux_vllm.bundled import resolve
 from revmux_vllm.errors import UserError
+from revmux_vllm.rungs import Rung
 from revmux_vllm.terminal import AsJson, unwound_on_sigterm
 
-MODEL = "revmux-llama"
 # vLLM's workers spin for a second after their last step (shm_broadcast.py, SpinCondition).
 PAUSE_S = 1.5
 SENTENCES = Path(__file__).with_name("sentences.txt")
+LOAD, COMPOSITES = "as bundled", "in composites"
 
 progress_console = Console(stderr=True)
 
 
 @dataclass(frozen=True)
-class Result:
-    """What the bursts gave; the lists run over rounds."""
+class Comparison:
+    """A server and the plain backbone, by turns; lists of rates run over rounds.
+
+    Attributes:
+        answers, plain_answers: in the last round.
+        rates, plain_rates: requests per second over HTTP, one text in each.
+        engine_rates, plain_engine_rates: texts per second when all are one request of token ids, so
+            that the engine alone counts.
+        rung_counts: requests by what the upper layers ran on.
+        limit: layer limit of these rungs.
+    """
 
     answers: list[Answer]
     plain_answers: list[Answer]
     rates: list[float]
     plain_rates: list[float]
+    engine_rates: list[float]
+    plain_engine_rates: list[float]
     rung_counts: Counter[str]
     limit: float
 
     @property
     def ratio(self) -> float:
-        """Of the medians."""
+        """Over HTTP, of the medians."""
         return statistics.median(self.rates) / statistics.median(self.plain_rates)
 
     @property
-    def round_ratios(self) -> list[float]:
-        return [a / b for a, b in zip(self.rates, self.plain_rates, strict=True)]
+    def engine_ratio(self) -> float:
+        """In the engine, of the medians."""
+        return statistics.median(self.engine_rates) / statistics.median(self.plain_engine_rates)
 
     @property
     def agreement(self) -> float:
-        """Share of the texts that both servers gave the same label, in the last round."""
+        """Share of the texts to which both give the same label."""
         pairs = zip(self.answers, self.plain_answers, strict=True)
         return sum(a.label == b.label for a, b in pairs) / len(self.answers)
 
+    @property
+    def distance(self) -> float:
+        """Mean difference of the probability of the plain backbone's label."""
+        pairs = zip(self.answers, self.plain_answers, strict=True)
+        return statistics.mean(abs(a.probs[b.place] - b.probability) for a, b in pairs)
 
-async def measure(
-    urls: tuple[str, str], texts: list[str], rounds: int, concurrency: int, layers: tuple[int, int]
-) -> Result:
-    """A warm-up burst to each server, then ``rounds`` bursts to each in alternating order."""
-    answers: list[list[Answer]] = [[], []]
-    rates: list[list[float]] = [[], []]
-    async with AsyncExitStack() as stack:
-        targets = [
-            await stack.enter_async_context(Target(url, name, concurrency))
-            for url, name in zip(urls, (MODEL, PLAIN), strict=True)
-        ]
-        progress = stack.enter_context(
-            progress_bar(progress_console, BarColumn(), MofNCompleteColumn())
-        )
-        task = progress.add_task(f"Bursts of {len(texts)} requests", total=2 * (rounds + 1))
-        for target in targets:
-            await target.burst(texts)
-            progress.advance(task)
-        before = await targets[0].rung_counts_since(Counter(), len(texts))
-        for number in range(rounds):
-            for i in (0, 1) if number % 2 == 0 else (1, 0):
-                await asyncio.sleep(PAUSE_S)
-                answers[i], rate = await targets[i].burst(texts)
-                rates[i].append(rate)
-                progress.advance(task)
-        counts = await targets[0].rung_counts_since(before, rounds * len(texts))
-    return Result(
-        answers=answers[0],
-        plain_answers=answers[1],
-        rates=rates[0],
-        plain_rates=rates[1],
-        rung_counts=counts,
-        limit=mixed_layer_limit(counts, *layers),
-    )
+    def to_dict(self) -> dict[str, Any]:
+        """For machines."""
+        values = asdict(self) | {"rung_counts": dict(sorted(self.rung_counts.items()))}
+        values |= {name: getattr(self, name) for name in ("ratio", "engine_ratio")}
+        return values | {"agreement": self.agreement, "mean_distance": self.distance}
 
 
-def print_answers(console: Console, texts: list[str], result: Result, rows: int) -> None:
-    """A sample of the answers, evenly chosen."""
-    table = Table("sentence", MODEL, "probability", "plain backbone", title="Answers")
-    table.columns[2].justify = "right"
-    for row in range(min(rows, len(texts))):
-        i = row * len(texts) // min(rows, len(texts))
-        ours, plain = result.answers[i], result.plain_answers[i]
-        note = f"{plain.label} (same)" if plain.label == ours.label else f"{plain.label} (differs)"
-        style = None if plain.label == ours.label else "bold"
-        table.add_row(texts[i], ours.label, f"{ours.probability:.3f}", note, style=style)
-    console.print(table)
-    console.print(f"Both answer alike on {result.agreement:.1%} of {len(texts)} sentences.\n")
+class Demo:
+    """What is asked, and of which model.
 
+    Args:
+        model: bundled name or checkpoint folder.
+        texts: sentences of every burst.
+        rounds: measured bursts to each server.
+        concurrency: requests under way at once.
+        min_agreement: of the rungs that the bundled model may use.
+    """
 
-def print_measurements(console: Console, result: Result) -> None:
-    """Rungs and throughput."""
-    table = Table("rung", "requests", "share", title="Requests by rung (mux:N: N in a composite)")
-    total = result.rung_counts.total()
-    for rung, count in sorted(result.rung_counts.items()):
-        table.add_row(rung, str(count), f"{count / total:.1%}")
-    console.print(table)
-    table = Table("server", "median requests/s", "min", "max", title="Throughput")
-    for name, rates in ((MODEL, result.rates), ("plain backbone", result.plain_rates)):
-        values = (statistics.median(rates), min(rates), max(rates))
-        table.add_row(name, *(f"{value:.1f}" for value in values))
-    console.print(table)
-    low, high = min(result.round_ratios), max(result.round_ratios)
-    console.print(
-        f"Ratio of medians [bold]{result.ratio:.2f}x[/bold] ({low:.2f} to {high:.2f} over "
-        f"{len(result.rates)} rounds); layer limit of these rungs {result.limit:.2f}x."
-    )
-    console.print(
-        "Over HTTP the front end (tokenising, HTTP, this client) bounds the ratio too: "
-        "multiplexing speeds up the model, not the front end."
-    )
+    def __init__(
+        self, model: str, texts: list[str], rounds: int, concurrency: int, min_agreement: float
+    ) -> None:
+        self.model, self.texts, self.rounds, self.concurrency = model, texts, rounds, concurrency
+        self.min_agreement = min_agreement
+        folder = resolve(model)
+        config, values = checkpoint.read_config(folder)
+        self.layers = config.prefill_layers, values["num_hidden_layers"]
+        self.composites = [rung for rung in config.rungs if rung == Rung(mux=rung.mux)]
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+        self.prompts: list[list[int]] = [tokenizer(text)["input_ids"] for text in texts]
 
+    def run(self) -> dict[str, Comparison]:
+        """Start the servers, measure, and stop them whatever happens."""
+        found = {}
+        with server_pair(self.model, additional_config=self._options()) as (ours, plain):
+            wait_for((ours, plain), progress_console)
+            found[LOAD] = self._compare((ours, plain), LOAD)
+            if self.composites:
+                policy = f"fixed:{self.composites[0]}"
+                with multiplexed_server(self.model, (), self._options(policy=policy)) as fixed:
+                    wait_for((fixed,), progress_console)
+                    found[COMPOSITES] = self._compare((fixed, plain), COMPOSITES)
+        return found
 
-def to_json(texts: list[str], result: Result) -> dict[str, Any]:
-    """Everything the tables say, for machines."""
-    triples = zip(texts, result.answers, result.plain_answers, strict=True)
-    return {
-        "model": MODEL,
-        "ratio_of_medians": result.ratio,
-        "round_ratios": result.round_ratios,
-        "layer_limit": result.limit,
-        "agreement": result.agreement,
-        "requests_by_rung": dict(sorted(result.rung_counts.items())),
-        "requests_per_s": {MODEL: result.rates, PLAIN: result.plain_rates},
-        "answers": [
-            {"text": text, **asdict(ours), "plain": asdict(plain)} for text, ours, plain in triples
-        ],
-    }
+    def _options(self, **more: Any) -> dict[str, Any]:
+        return {"revmux": {"min_agreement": self.min_agreement, **more}}
 
-
-def run(texts: list[str], rounds: int, concurrency: int) -> Result:
-    """Start both servers, measure, and stop them whatever happens."""
-    config, values = checkpoint.read_config(resolve(MODEL))
-    layers = (config.prefill_layers, values["num_hidden_layers"])
-    with server_pair(MODEL) as servers:
-        wait_for(servers, progress_console)
-        urls = (servers[0].base_url, servers[1].base_url)
+    def _compare(self, servers: Sequence[LocalServer], what: str) -> Comparison:
         try:
-            return asyncio.run(measure(urls, texts, rounds, concurrency, layers))
+            return asyncio.run(self._measure([server.base_url for server in servers], what))
         except (aiohttp.ClientError, TimeoutError) as error:
             check_alive(servers)
             raise ServerError(f"a request was not answered: {error!r}") from error
 
+    async def _measure(self, urls: Sequence[str], what: str) -> Comparison:
+        """A round to warm up, then ``rounds`` in alternating order."""
+        answers: list[list[Answer]] = [[], []]
+        rates: list[list[float]] = [[], []]
+        engine_rates: list[list[float]] = [[], []]
+        async with AsyncExitStack() as stack:
+            targets = [
+                await stack.enter_async_context(Target(url, name, self.concurrency))
+                for url, name in zip(urls, (self.model, PLAIN), strict=True)
+            ]
+            bar = progress_bar(progress_console, BarColumn(), MofNCompleteColumn())
+            progress = stack.enter_context(bar)
+            description = f"{len(self.texts)} sentences, {what} and plain"
+            task = progress.add_task(description, total=2 * (self.rounds + 1))
+            for target in targets:
+                await target.burst(self.texts)
+                await target.batch(self.prompts)
+                progress.advance(task)
+            before = await targets[0].rung_counts()
+            for number in range(self.rounds):
+                for i in (0, 1) if number % 2 == 0 else (1, 0):
+                    await asyncio.sleep(PAUSE_S)
+                    answers[i], rate = await targets[i].burst(self.texts)
+                    rates[i].append(rate)
+                    engine_rates[i].append(await targets[i].batch(self.prompts))
+                    progress.advance(task)
+            asked = 2 * self.rounds * len(self.texts)
+            counts = await targets[0].rung_counts_since(before, asked)
+        limit = mixed_layer_limit(counts, *self.layers)
+        return Comparison(*answers, *rates, *engine_rates, counts, limit)
+
+
+def print_answers(console: Console, texts: list[str], found: Comparison, rows: int) -> None:
+    """A sample of the answers, evenly chosen."""
+    table = Table("sentence", LOAD, "probability", "plain backbone", title="Answers")
+    table.columns[2].justify = "right"
+    for row in range(min(rows, len(texts))):
+        i = row * len(texts) // min(rows, len(texts))
+        ours, plain = found.answers[i], found.plain_answers[i]
+        same = plain.label == ours.label
+        note = f"{plain.label} {plain.probability:.3f}" + ("" if same else " (differs)")
+        style = None if same else "bold"
+        table.add_row(texts[i], ours.label, f"{ours.probability:.3f}", note, style=style)
+    console.print(table)
+
+
+def print_measurements(console: Console, found: dict[str, Comparison], path: Path) -> None:
+    """What ran, how fast, and how alike the answers are."""
+    table = Table("served", "rungs", "HTTP", "engine", "layer limit", "same label", "mean |p - p'|")
+    table.title = "Throughput over plain vLLM (its own backbone, its own class), and answers"
+    for name, one in found.items():
+        ratios = [a / b for a, b in zip(one.rates, one.plain_rates, strict=True)]
+        total = one.rung_counts.total()
+        shares = (f"{r} {n / total:.0%}" for r, n in sorted(one.rung_counts.items()))
+        table.add_row(
+            name,
+            ", ".join(shares),
+            f"[bold]{one.ratio:.2f}x[/bold] ({min(ratios):.2f} to {max(ratios):.2f})",
+            f"{one.engine_ratio:.2f}x",
+            f"{one.limit:.2f}x",
+            f"{one.agreement:.1%}",
+            f"{one.distance:.3f}",
+        )
+    console.print(table)
+    first = next(iter(found.values()))
+    console.print(
+        f"{len(first.answers)} sentences at once, {len(first.rates)} rounds, by turns: plain vLLM "
+        f"{statistics.median(first.plain_rates):.1f} requests/s, "
+        f"{LOAD} {statistics.median(first.rates):.1f}. Ratios are of medians (range over rounds)."
+    )
+    console.print(f"Plot written to {path}.", soft_wrap=True)
+
 
 def main(
+    model: Annotated[str, typer.Option(help="Bundled name.")] = "revmux-smollm2",
+    sentences: Annotated[int, typer.Option(min=8, help="Of every burst; 320 at most.")] = 80,
     rounds: Annotated[int, typer.Option(min=5, help="Measured bursts to each server.")] = 5,
     concurrency: Annotated[int, typer.Option(min=1, help="Requests under way at once.")] = 128,
-    rows: Annotated[int, typer.Option(min=1, help="Sentences to show.")] = 16,
+    min_agreement: Annotated[
+        float, typer.Option(help="Measured agreement of the rungs that may be used.")
+    ] = 0.96,
+    rows: Annotated[int, typer.Option(min=1, help="Sentences to show.")] = 12,
+    plot: Annotated[Path, typer.Option(help="Picture to write.")] = Path("demo.png"),
     as_json: AsJson = False,
 ) -> None:
-    """Classify bundled sentences with revmux-llama and with its backbone alone, and compare."""
+    """Classify sentences with a bundled model and with its backbone alone, and compare."""
     texts = SENTENCES.read_text(encoding="utf-8").splitlines()
+    texts = texts[:: max(1, len(texts) // sentences)][:sentences]
     try:
         with unwound_on_sigterm():
-            result = run(texts, rounds, concurrency)
+            found = Demo(model, texts, rounds, concurrency, min_agreement).run()
     except (ServerError, UserError) as error:
         progress_console.print(str(error), style="red", markup=False, highlight=False)
         raise typer.Exit(1) from error
+    plot_demo(found, model, plot)
     if as_json:
-        print(json.dumps(to_json(texts, result)))
+        comparisons = {name: one.to_dict() for name, one in found.items()}
+        print(json.dumps({"model": model, "texts": texts, **comparisons}))
         return
     console = Console()
-    print_answers(console, texts, result, rows)
-    print_measurements(console, result)
+    print_answers(console, texts, found[LOAD], rows)
+    print_measurements(console, found, plot)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The examples as they stand, and the parts of the demo that need no server."""
 
+import json
 import os
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from bursts import Answer
-from demo import Result
+from demo import Comparison
 
 from revmux_vllm import layer_limit
 from revmux_vllm.bench.local_server import LocalServer
@@ -103,12 +104,28 @@ def test_mixed_limit_needs_requests() -> None:
 @pytest.mark.parametrize(("label", "shown"), [("positive", "positive"), (None, "1")])
 def test_answer_falls_back_to_the_index(label: str | None, shown: str) -> None:
     body = {"data": [{"index": 0, "label": label, "probs": [0.2, 0.8], "num_classes": 2}]}
-    assert Answer.from_response(body) == Answer(shown, 0.8)
+    assert Answer.from_response(body) == Answer(shown, 0.8, (0.2, 0.8), 1)
 
 
-def test_result_compares_medians_and_rounds() -> None:
-    yes, no = Answer("positive", 0.9), Answer("negative", 0.9)
-    result = Result([yes, no], [yes, yes], [200, 400, 300], [100, 100, 150], Counter({4: 6}), 2.3)
-    assert result.ratio == 3
-    assert result.round_ratios == [2, 4, 2]
-    assert result.agreement == 0.5
+def test_a_comparison_is_of_medians() -> None:
+    yes, no = Answer("positive", 0.9, (0.1, 0.9), 1), Answer("negative", 0.6, (0.6, 0.4), 0)
+    rates = [200, 400, 300], [100, 100, 150], [5, 6, 9], [3, 2, 4]
+    found = Comparison([yes, no], [yes, yes], *rates, Counter({"mux:4": 6}), 2.3)
+    assert (found.ratio, found.engine_ratio) == (3, 2)
+    assert found.agreement == 0.5
+    assert found.distance == pytest.approx(0.25)
+
+
+def test_the_demo(tmp_path: Path) -> None:
+    """Of the small model, and a few sentences."""
+    plot = tmp_path / "demo.png"
+    command = [sys.executable, str(EXAMPLES / "demo.py"), "--model", "revmux-llama", "--json"]
+    done = json.loads(run_example(*command, "--sentences", "16", "--plot", str(plot)))
+    bundled, composites = done["as bundled"], done["in composites"]
+    assert composites["rung_counts"]["mux:2"] > 100
+    assert bundled["agreement"] >= 0.8
+    for one in (bundled, composites):
+        assert len(one["answers"]) == 16
+        assert one["ratio"] > 0
+        assert one["engine_ratio"] > 0
+    assert plot.read_bytes().startswith(b"\x89PNG")

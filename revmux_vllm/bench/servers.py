@@ -41,20 +41,31 @@ def server_pair(
     """
     folder = bundled.resolve(model)
     dtype = f"--dtype={native_dtype()}"
-    ours = [SHARE, *([dtype] if Path(model).is_dir() else []), *extra_args]  # a bundled name has it
-    if additional_config is not None:
-        ours += ["--additional-config", json.dumps(additional_config)]
     theirs = [*PLAIN_ARGS, dtype, *extra_args, f"--served-model-name={PLAIN}"]
     with ExitStack() as stack:
+        ours = stack.enter_context(multiplexed_server(model, extra_args, additional_config))
         target = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="revmux-plain-")))
-        servers = (
-            LocalServer(model, ours),
-            LocalServer(checkpoint.plain_backbone(folder, target), theirs),
-        )
-        with untouched():  # neither finds what RevMUX has set in this process
-            for server in servers:
-                stack.enter_context(server)
-        yield servers
+        plain = LocalServer(checkpoint.plain_backbone(folder, target), theirs)
+        with untouched():
+            stack.enter_context(plain)
+        yield ours, plain
+
+
+@contextmanager
+def multiplexed_server(
+    model: str, extra_args: Sequence[str] = (), additional_config: dict[str, Any] | None = None
+) -> Iterator[LocalServer]:
+    """The first of ``server_pair`` by itself."""
+    bundled.resolve(model)  # put together first, where it is not whole
+    dtype = f"--dtype={native_dtype()}"
+    args = [SHARE, *([dtype] if Path(model).is_dir() else []), *extra_args]  # a bundled name has it
+    if additional_config is not None:
+        args += ["--additional-config", json.dumps(additional_config)]
+    server = LocalServer(model, args)
+    with ExitStack() as stack:
+        with untouched():  # it finds nothing that RevMUX has set in this process
+            stack.enter_context(server)
+        yield server
 
 
 def wait_for(servers: Sequence[LocalServer], console: Console) -> None:
@@ -62,7 +73,8 @@ def wait_for(servers: Sequence[LocalServer], console: Console) -> None:
     for server in servers:
         console.print(shlex.join(server.command), style="dim", soft_wrap=True)
     with progress_bar(console) as progress:
-        task = progress.add_task("Starting two vLLM servers; compiling takes a minute or two")
+        doing = f"Starting {len(servers)} vLLM server{'s' if len(servers) > 1 else ''}"
+        task = progress.add_task(f"{doing}; compiling takes a minute or two the first time")
         for i, server in enumerate(servers):
             server.wait_ready(on_tick=lambda: check_alive(servers))
             progress.update(task, description=f"{i + 1} of {len(servers)} servers ready")

@@ -20,6 +20,7 @@ from revmux_vllm.training.evaluate import WINDOW
 from revmux_vllm.training.features import tokenize
 from revmux_vllm.training.losses import UNLABELLED
 from revmux_vllm.training.options import TrainOptions
+from revmux_vllm.training.recipes import PAPER_RUNGS
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ class Task:
         tokenizer: the backbone's.
         names: of the classes, in order.
         rows: to train on.
-        held_out: cut from the training rows to choose the best of the checkpoints, or None.
+        held_out: to choose the best of the checkpoints and the thresholds on, or None.
         measured: to measure the result on, or None.
     """
 
@@ -64,16 +65,16 @@ def check(options: TrainOptions) -> Task:
     if options.bf16 and not (on_cpu() or is_torch_bf16_gpu_available()):
         raise UserError("`bf16`", "this machine's GPU has no bfloat16", cure="leave it out")
     tokenizer = read_tokenizer("`backbone`", options.backbone)
-    options = options.settled(hf_config.num_hidden_layers)
+    if options.recipe.paper_loss:  # the paper cuts at half depth
+        options = options.settled(max(1, hf_config.num_hidden_layers // 2), PAPER_RUNGS)
     options.config().check_backbone(hf_config.hidden_size, hf_config.num_hidden_layers)
     names = label_names(hf_config, options.label_words)
     rows = _rows_to_train_on(options, names)
     config = options.config(rows.pairs)
     measured = _rows_to_measure(options, config, names, tokenizer)
-    kept, held = data.split_rows(len(rows), options.hold_out, options.seed)
-    _check_shares(options, len(kept), len(held))
-    held_out = rows.select(held) if held else None
-    return Task(options, config, hf_config, tokenizer, names, rows.select(kept), held_out, measured)
+    rows, held_out = _split(options, config, names, rows)
+    _check_shares(options, config, len(rows), len(held_out or ()))
+    return Task(options, config, hf_config, tokenizer, names, rows, held_out, measured)
 
 
 def read_backbone_config(backbone: str) -> Any:
@@ -180,16 +181,30 @@ def _read_rows(
     )
 
 
-def _check_shares(options: TrainOptions, num_kept: int, num_held: int) -> None:
+def _split(
+    options: TrainOptions, config: RevMuxConfig, names: list[str], rows: data.LabelledText
+) -> tuple[data.LabelledText, data.LabelledText | None]:
+    """Rows to train on, and those to choose on: a file of their own, or a share, or none."""
+    if options.validation is not None:
+        held_out = _read_rows(options, options.validation, names)
+        check_pairs(config, held_out, options.validation)
+        return rows, held_out
+    kept, held = data.split_rows(len(rows), options.hold_out, options.seed)
+    return rows.select(kept), rows.select(held) if held else None
+
+
+def _check_shares(
+    options: TrainOptions, config: RevMuxConfig, num_kept: int, num_held: int
+) -> None:
     """Every process must fill composites of every width, in training and while it is held out."""
     processes = process_state().num_processes
-    widest = max(rung.mux for rung in options.rungs)
+    widest = max(rung.mux for rung in config.rungs)
     share = num_held // processes
     if num_held and share < widest:
         raise UserError(
-            "`hold_out`",
+            "`hold_out`" if options.validation is None else "`validation`",
             f"{share} rows a process, fewer than the widest width {widest}",
-            found=options.hold_out,
+            found=options.hold_out if options.validation is None else options.validation,
             cure="give more rows, or `hold_out` 0",
         )
     batch_size = options.recipe.batch_size

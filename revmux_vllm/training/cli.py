@@ -13,7 +13,7 @@ from revmux_vllm.errors import UserError, require, within
 from revmux_vllm.families import FAMILIES
 from revmux_vllm.rungs import Rung, in_words, parse_rungs
 from revmux_vllm.terminal import AsJson, Folder, check_plot, make_console, mendable_errors
-from revmux_vllm.training.options import TrainOptions
+from revmux_vllm.training.options import AUTO, TrainOptions
 from revmux_vllm.training.recipes import RECIPES
 from revmux_vllm.training.tables import class_table, report_tables
 
@@ -59,22 +59,22 @@ def train(
         ),
     ] = None,
     rungs: Annotated[
-        str | None,
+        str,
         typer.Option(
             help=f"What the upper layers run on, all trained together: {in_words()}. "
-            f"Default: `{','.join(map(str, TrainOptions.rungs))}`."
+            "`auto`: proposed by early exits that are tried on a sample of the rows."
         ),
-    ] = None,
+    ] = AUTO,
     widths: Annotated[
         str | None, typer.Option(help="`2,4` is short for --rungs `mux:2,mux:4`.")
     ] = None,
     prefill_layers: Annotated[
-        int | None,
+        str,
         typer.Option(
-            help="Layers that every sequence runs by itself: more are surer and slower. "
-            "Default: a quarter."
+            help="Layers that every sequence runs by itself: more are surer and slower. `auto`: "
+            "the last one that does not know the task yet, by the same early exits."
         ),
-    ] = None,
+    ] = AUTO,
     adapter_type: Annotated[
         str, typer.Option(help="`revmux`, or for comparison `ora` or `vanilla`.")
     ] = TrainOptions.adapter_type,
@@ -111,6 +111,13 @@ def train(
             "early; 0 trains to the end."
         ),
     ] = TrainOptions.hold_out,
+    validation: Annotated[
+        str | None,
+        typer.Option(
+            help="Rows that do so in place of a share, and set the thresholds of the cascade: best "
+            "such that the backbone was not trained on."
+        ),
+    ] = None,
     max_tokens: MaxTokens = TrainOptions.max_tokens,
     gradient_accumulation: Annotated[
         int, typer.Option(help="Batches per step.")
@@ -153,7 +160,7 @@ def train(
             label_column=label_column,
             label_words=_split(label_words),
             rungs=_rungs(rungs, widths),
-            prefill_layers=prefill_layers,
+            prefill_layers=_prefill_layers(prefill_layers),
             adapter_type=adapter_type,
             adapter_hidden_size=adapter_hidden_size,
             recipe=RECIPES[recipe].with_given(
@@ -161,6 +168,7 @@ def train(
             ),
             max_tokens=max_tokens,
             hold_out=hold_out,
+            validation=validation,
             bundle_backbone=bundle_backbone,
             store_dtype=store_dtype,
             bf16=bf16,
@@ -256,14 +264,22 @@ def _split(words: str | None) -> tuple[str, ...] | None:
     return None if words is None else tuple(words.split(","))
 
 
-def _rungs(rungs: str | None, widths: str | None) -> tuple[Rung, ...]:
-    if rungs and widths:
+def _prefill_layers(value: str) -> int | None:
+    if value == AUTO:
+        return None
+    if not value.isdecimal():
+        raise UserError("`prefill_layers`", expected=f"a number, or {AUTO}", found=value)
+    return int(value)
+
+
+def _rungs(rungs: str, widths: str | None) -> tuple[Rung, ...] | None:
+    if rungs != AUTO and widths:
         cure = "`widths` is the short form"
         raise UserError("`rungs` and `widths`", "give one of them", cure=cure)
     if widths:
         with within(f"`widths` {widths}"):
             return parse_rungs(f"mux:{width.strip()}" for width in widths.split(","))
-    if rungs is None:
-        return TrainOptions.rungs
+    if rungs == AUTO:
+        return None
     with within("`rungs`"):
         return parse_rungs(name.strip() for name in rungs.split(","))

@@ -29,12 +29,14 @@ class TrainOptions:
         text_columns: one column, or two for pairs; None: the usual names.
         label_column: None: the usual names.
         label_words: one word per class, for a language model that answers with words.
-        rungs: all trained together.
-        prefill_layers: None: a quarter of the backbone's layers.
+        rungs: all trained together; None: proposed by a survey of early exits.
+        prefill_layers: None: proposed likewise.
         adapter_type, adapter_hidden_size: as ``RevMuxConfig`` has them.
         recipe: how, with what the user gave in place of its own.
         max_tokens: longer texts are cut.
-        hold_out: share of the rows that chooses the best of the checkpoints.
+        hold_out: share of the rows that chooses the best of the checkpoints, and the thresholds of
+            the cascade.
+        validation: rows that do so in place of a share, better if the backbone never saw them.
         bundle_backbone: copy the backbone into the folder; otherwise the folder names it.
         store_dtype: of the adapters; see ``STORE_DTYPES``. ``auto`` is the backbone's.
         bf16: automatic mixed precision.
@@ -52,13 +54,14 @@ class TrainOptions:
     text_columns: tuple[str, ...] | None = None
     label_column: str | None = None
     label_words: tuple[str, ...] | None = None
-    rungs: tuple[Rung, ...] = parse_rungs(("mux:2", "mux:4", "mux:8"))
+    rungs: tuple[Rung, ...] | None = None
     prefill_layers: int | None = None
     adapter_type: str = "revmux"
     adapter_hidden_size: int = 256
     recipe: Recipe = RECIPES["default"]
     max_tokens: int = 256
     hold_out: float = 0.05
+    validation: str | None = None
     bundle_backbone: bool = False
     store_dtype: str = AUTO
     bf16: bool = False
@@ -93,20 +96,24 @@ class TrainOptions:
             mistakes.append(error)
         raise_all(mistakes)
 
-    def settled(self, num_layers: int) -> "TrainOptions":
-        """With the default that depends on the backbone, which has ``num_layers``, filled in."""
-        if self.prefill_layers is not None:
-            return self
-        return replace(self, prefill_layers=max(1, num_layers // 4))
+    @property
+    def is_settled(self) -> bool:
+        """Whether cut and rungs are known; otherwise a survey proposes them."""
+        return self.prefill_layers is not None and self.rungs is not None
+
+    def settled(self, prefill_layers: int, rungs: tuple[Rung, ...]) -> "TrainOptions":
+        """With these where the user gave none."""
+        cut = self.prefill_layers if self.prefill_layers is not None else prefill_layers
+        return replace(self, prefill_layers=cut, rungs=self.rungs or rungs)
 
     def config(self, pairs: bool = False) -> RevMuxConfig:
-        """What the checkpoint says of itself, once these options are settled.
+        """What the checkpoint says of itself; until these options are settled, of an exit alone.
 
         Args:
             pairs: whether the rows are pairs of texts.
         """
         return RevMuxConfig(
-            rungs=self.rungs,
+            rungs=(Rung(exit=True),) if self.rungs is None else self.rungs,
             prefill_layers=1 if self.prefill_layers is None else self.prefill_layers,
             adapter_type=self.adapter_type,
             adapter_hidden_size=self.adapter_hidden_size,
@@ -127,7 +134,8 @@ class TrainOptions:
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form; ``from_dict`` reads it back."""
-        values = asdict(self) | {"output": str(self.output), "rungs": list(map(str, self.rungs))}
+        rungs = None if self.rungs is None else list(map(str, self.rungs))
+        values = asdict(self) | {"output": str(self.output), "rungs": rungs}
         return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
 
     @classmethod
@@ -143,5 +151,9 @@ class TrainOptions:
         read: dict[str, Any] = {
             name: tuple(v) if isinstance(v, list) else v for name, v in values.items()
         }
-        read |= {"output": Path(values["output"]), "rungs": parse_rungs(values["rungs"])}
+        rungs = values["rungs"]
+        read |= {
+            "output": Path(values["output"]),
+            "rungs": None if rungs is None else parse_rungs(rungs),
+        }
         return cls(**read | {"recipe": Recipe(**values["recipe"])})

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
+from revmux_vllm.rungs import parse_rungs
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -37,3 +39,4 @@ RECIPES = {
     "default": Recipe(1e-3, "cosine", 64, 2.0, 1.0, True, False),
     "paper": Recipe(2e-5, "linear", 32, 10.0, 0.0, False, True),
 }
+PAPER_RUNGS = parse_rungs(("mux:2", "mux:4"))

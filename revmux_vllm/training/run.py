@@ -1,5 +1,6 @@
 """One training from start to finish: check everything, features, fit, write."""
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from revmux_vllm.training.ladder_model import LadderModel
 from revmux_vllm.training.matching import match_composites
 from revmux_vllm.training.options import AUTO, STORE_DTYPES, TrainOptions
 from revmux_vllm.training.plot import PLOT_FILE, plot_report
+from revmux_vllm.training.survey import survey
 
 
 def train_checkpoint(options: TrainOptions, resume: bool = False) -> dict[str, Any] | None:
@@ -37,17 +39,31 @@ def train_checkpoint(options: TrainOptions, resume: bool = False) -> dict[str, A
     Raises:
         UserError: for what cannot work, before any training starts and before anything is written.
     """
-    task = check(options)
-    state = process_state()
+    folder, state = work.folder_in(options.output), process_state()
+    task = check(work.resumed(folder, options) if resume else options)
     layers = task.config.prefill_layers
     backbone = load_backbone(options.backbone, layers, options.label_words).to(state.device)
     if state.is_main_process:
-        work.begin(work.folder_in(options.output), task.options, resume)
+        work.begin(folder, task.options, resume)
     state.wait_for_everyone()
+    if not task.options.is_settled:
+        task = _settled(task, backbone)
+        if state.is_main_process:
+            work.note(folder, task.options)
     set_seed(options.seed)
     # No name for the features: they are freed before what was trained is measured.
     trained = fit(task, backbone, *features(task, backbone))
     return write(task, backbone, trained) if state.is_main_process else None
+
+
+def _settled(task: Task, backbone: Backbone) -> Task:
+    """With cut and rungs that a survey proposes; the backbone is cut there."""
+    folder = work.folder_in(task.options.output) / "survey"
+    options = task.options.settled(*survey(task, backbone, folder))
+    config = options.config(task.config.pairs)
+    config.check_backbone(backbone.hidden_size, backbone.num_layers)
+    backbone.prefill_layers = config.prefill_layers
+    return replace(task, options=options, config=config)
 
 
 def features(task: Task, backbone: Backbone) -> tuple[Features, Features | None]:

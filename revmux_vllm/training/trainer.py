@@ -22,6 +22,7 @@ from revmux_vllm.training.ladder_model import LadderModel
 from revmux_vllm.training.options import TrainOptions
 
 EVALUATIONS = 10  # how often the held-out rows are asked and a checkpoint is kept
+ASKED = 512  # of the held-out rows, every time; the others are for thresholds
 PATIENCE = 5  # evaluations without progress until the training stops
 FULL_DISK = 64 << 20  # bytes; with less free a failure to write is the disk's
 
@@ -53,7 +54,7 @@ def train(
         model=model,
         args=_settings(folder, options, features, held_out),
         train_dataset=_rows_of(features, held_out=False),
-        eval_dataset=None if held_out is None else _rows_of(held_out, held_out=True),
+        eval_dataset=None if held_out is None else _some(_rows_of(held_out, held_out=True)),
         data_collator=partial(_collate, features, held_out),
         callbacks=callbacks,
     )
@@ -80,6 +81,11 @@ def _rows_of(features: Features, held_out: bool) -> Dataset:
             "held_out": [held_out] * len(features),
         }
     )
+
+
+def _some(rows: Dataset) -> Dataset:
+    """As many as are asked every time."""
+    return rows.shuffle(seed=0).select(range(min(ASKED, len(rows))))
 
 
 def _collate(

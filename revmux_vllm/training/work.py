@@ -35,9 +35,7 @@ def begin(work: Path, options: TrainOptions, resume: bool) -> None:
         if not path.is_file():
             cure = "leave `resume` out"
             raise UserError("`resume`", f"no unfinished training in {work}", cure=cure)
-        with within(f"{path}"):
-            before = TrainOptions.from_dict(json.loads(path.read_text(encoding="utf-8")))
-        if changes := options.changes_since(before):
+        if changes := options.changes_since(_read(path)):
             raise UserError("`resume`", f"begun with other options: {'; '.join(changes)}")
         return
     if unfinished(work):
@@ -46,9 +44,20 @@ def begin(work: Path, options: TrainOptions, resume: bool) -> None:
     try:
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
-        _write_options(work, options)
+        note(work, options)
     except OSError as error:
         raise UserError(f"`output` {work.parent}", f"cannot be written: {error}") from error
+
+
+def resumed(work: Path, options: TrainOptions) -> TrainOptions:
+    """``options``, with cut and rungs of what began in ``work`` where they are open."""
+    path = work / OPTIONS_FILE
+    if options.is_settled or not path.is_file():
+        return options
+    before = _read(path)
+    if before.prefill_layers is None or before.rungs is None:
+        return options
+    return options.settled(before.prefill_layers, before.rungs)
 
 
 def forget_lines(work: Path, step: int) -> None:
@@ -63,11 +72,17 @@ def forget_lines(work: Path, step: int) -> None:
 
 def end(work: Path, options: TrainOptions) -> None:
     """Leave the log and the options beside the checkpoint, and nothing else of ``work``."""
-    _write_options(work.parent, options)
+    note(work.parent, options)
     shutil.move(work / LOG_FILE, work.parent / LOG_FILE)
     shutil.rmtree(work)
 
 
-def _write_options(folder: Path, options: TrainOptions) -> None:
+def note(folder: Path, options: TrainOptions) -> None:
+    """Write the options into a folder."""
     text = json.dumps(options.to_dict(), indent=1) + "\n"
     write_whole(folder / OPTIONS_FILE, text.encode())
+
+
+def _read(path: Path) -> TrainOptions:
+    with within(f"{path}"):
+        return TrainOptions.from_dict(json.loads(path.read_text(encoding="utf-8")))

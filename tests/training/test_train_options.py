@@ -72,9 +72,14 @@ def test_what_is_done_with_the_result_may_change() -> None:
     assert replace(FULL, **changes).changes_since(FULL) == []
 
 
-def test_a_quarter_of_the_layers_is_the_default_cut() -> None:
-    assert [PLAIN.settled(layers).prefill_layers for layers in (3, 12, 32)] == [1, 3, 8]
-    assert FULL.settled(32) is FULL
+def test_what_a_survey_proposes_fills_in_what_is_open() -> None:
+    rungs = parse_rungs(["merge:2"])
+    open_cut = replace(FULL, prefill_layers=None)
+    assert not PLAIN.is_settled
+    assert not open_cut.is_settled
+    assert (PLAIN.settled(7, rungs).prefill_layers, PLAIN.settled(7, rungs).rungs) == (7, rungs)
+    assert open_cut.settled(7, rungs) == replace(FULL, prefill_layers=7)
+    assert FULL.settled(7, rungs) == FULL
 
 
 def test_the_commands_are_quick_to_import() -> None:
