@@ -10,7 +10,7 @@ import asyncio
 import json
 import statistics
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -194,29 +194,38 @@ def print_answers(console: Console, texts: list[str], found: Comparison, rows: i
 
 def print_measurements(console: Console, found: dict[str, Comparison], path: Path) -> None:
     """What ran, how fast, and how alike the answers are."""
-    table = Table("served", "rungs", "HTTP", "engine", "layer limit", "same label", "mean |p - p'|")
-    table.title = "Throughput over plain vLLM (its own backbone, its own class), and answers"
-    for name, one in found.items():
-        ratios = [a / b for a, b in zip(one.rates, one.plain_rates, strict=True)]
-        total = one.rung_counts.total()
-        shares = (f"{r} {n / total:.0%}" for r, n in sorted(one.rung_counts.items()))
-        table.add_row(
-            name,
-            ", ".join(shares),
-            f"[bold]{one.ratio:.2f}x[/bold] ({min(ratios):.2f} to {max(ratios):.2f})",
-            f"{one.engine_ratio:.2f}x",
-            f"{one.limit:.2f}x",
-            f"{one.agreement:.1%}",
-            f"{one.distance:.3f}",
-        )
+    table = Table("beside plain vLLM, by turns", *found, title="Throughput and answers")
+    some = list(found.values())
+
+    def add(name: str, value: Callable[[Comparison], str]) -> None:
+        table.add_row(name, *(value(one) for one in some))
+
+    add("ran on", ran_on)
+    add("requests/s over HTTP", lambda one: f"{statistics.median(one.rates):.1f}")
+    add("plain vLLM's", lambda one: f"{statistics.median(one.plain_rates):.1f}")
+    add("ratio over HTTP (of rounds)", over_http)
+    add("ratio in the engine", lambda one: f"{one.engine_ratio:.2f}x")
+    add("layer limit of these rungs", lambda one: f"{one.limit:.2f}x")
+    add("same label as plain vLLM", lambda one: f"{one.agreement:.1%}")
+    add("mean |p - p of plain vLLM|", lambda one: f"{one.distance:.3f}")
     console.print(table)
-    first = next(iter(found.values()))
     console.print(
-        f"{len(first.answers)} sentences at once, {len(first.rates)} rounds, by turns: plain vLLM "
-        f"{statistics.median(first.plain_rates):.1f} requests/s, "
-        f"{LOAD} {statistics.median(first.rates):.1f}. Ratios are of medians (range over rounds)."
+        f"{len(some[0].answers)} sentences at once, medians of {len(some[0].rates)} rounds. "
+        f"Plot written to {path}",
+        soft_wrap=True,
     )
-    console.print(f"Plot written to {path}.", soft_wrap=True)
+
+
+def ran_on(one: Comparison) -> str:
+    """Shares of the rungs, the largest first."""
+    total = one.rung_counts.total()
+    return "\n".join(f"{rung} {count / total:.0%}" for rung, count in one.rung_counts.most_common())
+
+
+def over_http(one: Comparison) -> str:
+    """Ratio of medians, and the range over rounds."""
+    ratios = [a / b for a, b in zip(one.rates, one.plain_rates, strict=True)]
+    return f"[bold]{one.ratio:.2f}x[/bold] ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
 def main(

@@ -44,10 +44,8 @@ def _draw_rates(axes: Any, found: Mapping[str, Any]) -> None:
                 middle = median(values)
                 spread = [[middle - min(values)], [max(values) - middle]]
                 axes.bar(place + offset, middle, 0.4, color=colour, yerr=spread, capsize=3)
-            top = median(ours)
-            axes.annotate(
-                f"{top / median(plain):.2f}x", (place + 0.2, top), ha="center", va="bottom"
-            )
+            ratio = f"{median(ours) / median(plain):.2f}x"
+            axes.annotate(ratio, (place + 0.2, max(ours)), ha="center", va="bottom")
             limit = one.limit * median(plain)
             axes.plot([place, place + 0.4], [limit, limit], color=LIMIT)
             names.append((place, f"{name},\n{where}"))
@@ -57,6 +55,7 @@ def _draw_rates(axes: Any, found: Mapping[str, Any]) -> None:
     axes.plot([], [], color=LIMIT, label="layer limit")
     axes.set_xticks([at for at, _ in names], [name for _, name in names])
     axes.set_ylabel("texts per second")
+    axes.margins(y=0.12)
     axes.legend(loc="lower right")
 
 
