@@ -77,13 +77,30 @@ def answering(server: LocalServer) -> list[psutil.Process]:
     ]
 
 
-def wait_until(holds: Callable[[], bool], seconds: float, what: str) -> float:
-    """Seconds that it took."""
+def wait_until(
+    holds: Callable[[], bool], seconds: float, what: str, server: LocalServer | None = None
+) -> float:
+    """Seconds that it took; a failure shows the processes of ``server``."""
     started = time.monotonic()
     while not holds():
-        assert time.monotonic() - started < seconds, f"not within {seconds:.0f} s: {what}"
+        if time.monotonic() - started > seconds:
+            shown = "" if server is None else "\n" + all_processes(server)
+            raise AssertionError(f"not within {seconds:.0f} s: {what}{shown}")
         time.sleep(0.2)
     return time.monotonic() - started
+
+
+def all_processes(server: LocalServer) -> str:
+    """A line each, for a failing test, and what the server said last."""
+    assert server._process is not None
+    lines = []
+    for process in session_of(server._process.pid):
+        with suppress(psutil.NoSuchProcess), process.oneshot():
+            age = time.time() - process.create_time()
+            line = f"{process.pid} of {process.ppid()}, {process.status()}, {age:.0f} s: "
+            lines.append(line + " ".join(process.cmdline())[:100])
+    log = server.log_path.read_text(encoding="utf-8", errors="replace").splitlines()
+    return "\n".join([*lines, *log[-40:]])
 
 
 class Client:

@@ -138,7 +138,7 @@ def test_a_front_that_is_killed_loses_no_answer(server: LocalServer, known: Know
 
 
 def test_a_dead_engine_is_noticed_without_a_request(server: LocalServer) -> None:
-    wait_until(lambda: len(processes(server, CORE)) == 2, 180, "both engines")
+    wait_until(lambda: len(processes(server, CORE)) == 2, 180, "both engines", server)
     before = replicas(server)
     kill(processes(server, CORE)[0])
     wait_until(
@@ -178,7 +178,7 @@ def test_an_engine_or_replica_that_is_killed_loses_no_answer(
 ) -> None:
     wait_until(lambda: len(replicas(server)) == 2, 180, "two engines that answer")
     # The fronts may still name one that has just died.
-    wait_until(lambda: len(processes(server, CORE)) == 2, 180, "both engines")
+    wait_until(lambda: len(processes(server, CORE)) == 2, 180, "both engines", server)
     before = {process.pid for process in processes(server, ENGINE)}
     cores = {process.pid for process in processes(server, CORE)}
     asyncio.run(ask_while_killing(server, known, victim))
@@ -186,6 +186,7 @@ def test_an_engine_or_replica_that_is_killed_loses_no_answer(
         lambda: bool({process.pid for process in processes(server, ENGINE)} - before),
         60,
         "another in its place",
+        server,
     )
     alive = {process.pid for process in processes(server, CORE)}
     assert len(cores & alive) == 1, "no engine outlives its replica"
