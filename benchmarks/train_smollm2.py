@@ -11,13 +11,17 @@ is read for reporting only: nothing is selected on it.
 """
 
 import csv
+import json
 import random
+import shutil
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from datasets import Dataset
+from safetensors.torch import load_file, save_file
 from train_backbone import MAX_TOKENS, DataDir, Epochs, Output, Seed, accuracy, arguments
 from transformers import (
     AutoModelForSequenceClassification,
@@ -27,16 +31,24 @@ from transformers import (
     set_seed,
 )
 
-from revmux_vllm.assembly import Recipe, assemble_classifier, find_wheel
+from revmux_vllm.assembly import (
+    CLASSIFIER_FOLDER,
+    RECIPE_FILE,
+    Recipe,
+    assemble_classifier,
+    find_wheel,
+)
 from revmux_vllm.training import data as data_files
 from revmux_vllm.training.features import tokenize
 
 app = typer.Typer(help=__doc__, rich_markup_mode="markdown")
 
+NOT_BUNDLED = ("model.safetensors", "tokenizer*", "chat_template*", "training-*")
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SENTENCE_WORDS, PHRASE_WORDS = 20, 3
 MIN_WORDS = 6
 """Of rows that are kept back: SST-2 is mostly phrases of a few words, which nobody asks about."""
+Sentences = Annotated[int, typer.Option(help="Longer rows to keep back, and what is in them.")]
 Labels = Annotated[str, typer.Option(help="Names of the classes, in order.")]
 
 
@@ -71,8 +83,10 @@ def words(text: Any) -> int:
     return len((text if isinstance(text, str) else " ".join(text)).split())
 
 
-def write_rows(path: Path, rows: data_files.LabelledText) -> None:
-    """As a file that `revmux train` reads."""
+def write_fresh(path: Path, rows: data_files.LabelledText, kept_back: Sequence[bool]) -> None:
+    """Those of the rows kept back that are long enough, as a file that `revmux train` reads."""
+    fresh = (i for i, is_kept in enumerate(kept_back) if is_kept)
+    rows = rows.select([i for i in fresh if words(rows.texts[i]) >= MIN_WORDS])
     columns = ("text_a", "text_b") if rows.pairs else ("text",)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, delimiter="\t", quoting=csv.QUOTE_NONE, quotechar=None)
@@ -87,9 +101,7 @@ def train(
     output: Output,
     labels: Labels = "negative,positive",
     rows: Annotated[int, typer.Option(help="Most rows to train on, drawn at random.")] = 70_000,
-    sentences: Annotated[
-        int, typer.Option(help="Longer rows to keep back, and what is in them.")
-    ] = 350,
+    sentences: Sentences = 350,
     frozen_layers: Annotated[int, typer.Option(help="Lowest layers that get no update.")] = 8,
     rank: Annotated[int, typer.Option(help="Of the updates.")] = 16,
     learning_rate: Annotated[float, typer.Option(help="At its highest.")] = 5e-4,
@@ -110,12 +122,7 @@ def train(
     everything = data_files.read_rows(data / "train.tsv", names, need_labels=True)
     kept_back = keep_back(everything.texts, sentences, seed)
     chosen = [i for i, is_kept in enumerate(kept_back) if not is_kept]
-    fresh = [
-        i
-        for i, is_kept in enumerate(kept_back)
-        if is_kept and words(everything.texts[i]) >= MIN_WORDS
-    ]
-    write_rows(output / "kept-back.tsv", everything.select(fresh))
+    write_fresh(output / "kept-back.tsv", everything, kept_back)
     random.Random(seed).shuffle(chosen)
     updates = LoraConfig(
         task_type="SEQ_CLS",
@@ -138,7 +145,28 @@ def train(
         compute_metrics=accuracy,
     )
     trainer.train()
-    trained.save_pretrained(output / "classifier")
+    trained.save_pretrained(output / CLASSIFIER_FOLDER)
+    shorten(output / CLASSIFIER_FOLDER)
+
+
+def shorten(folder: Path) -> None:
+    """Store the updates in bfloat16, before anything learns from them."""
+    path = folder / "adapter_model.safetensors"
+    state = {name: tensor.bfloat16() for name, tensor in load_file(path).items()}
+    save_file(state, path, metadata={"format": "pt"})
+
+
+@app.command("keep-back")
+def keep_back_rows(
+    data: DataDir,
+    output: Annotated[Path, typer.Option(help="File to write.")],
+    labels: Labels = "negative,positive",
+    sentences: Sentences = 350,
+    seed: Seed = 0,
+) -> None:
+    """Write the rows that `train` does not train on."""
+    everything = data_files.read_rows(data / "train.tsv", labels.split(","), need_labels=True)
+    write_fresh(output, everything, keep_back(everything.texts, sentences, seed))
 
 
 @app.command()
@@ -150,6 +178,20 @@ def assemble(
     """Write the whole classifier, in float32."""
     output.mkdir(parents=True)
     assemble_classifier(recipe(labels), find_wheel(recipe(labels)), updates, output)
+
+
+@app.command()
+def bundle(
+    checkpoint: Annotated[Path, typer.Option(help="Folder that `revmux train` wrote.")],
+    updates: Annotated[Path, typer.Option(help="Folder `classifier` that its backbone has.")],
+    output: Output,
+    labels: Labels = "negative,positive",
+) -> None:
+    """Write a checkpoint without its backbone, with the recipe that puts it together."""
+    shutil.copytree(checkpoint, output, ignore=shutil.ignore_patterns(*NOT_BUNDLED))
+    shutil.copytree(updates, output / CLASSIFIER_FOLDER, ignore=shutil.ignore_patterns("README.md"))
+    text = json.dumps(asdict(recipe(labels)), indent=2) + "\n"
+    (output / RECIPE_FILE).write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

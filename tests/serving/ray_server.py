@@ -20,7 +20,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from revmux_vllm.bench.local_server import RAY, LocalServer
 
 ENGINE, FRONT = "ray::ServeReplica:default:Engine", "ray::ServeReplica:default:Front"
-CORE = "VLLM::EngineCore"
+CORE = "vLLM's engine process"
+HELPER = "multiprocessing.resource_tracker"
 PACKED = '--additional-config \'{"revmux": {"policy": "fixed:4"}}\''
 VLLM_ARGS = f"--served-model-name known --enforce-eager --dtype float32 {PACKED}"
 
@@ -36,14 +37,39 @@ def serving(folder: Path, *options: str, wait_s: float = 300) -> Iterator[LocalS
 
 
 def processes(server: LocalServer, name: str) -> list[psutil.Process]:
-    """Those of this server's session whose command begins with ``name``."""
+    """Those of this server's session whose command begins with ``name``.
+
+    ``CORE`` is what an engine's replica has started, but for Python's own helper: vLLM names that
+    process too, but now and then the name does not take.
+    """
     assert server._process is not None
-    found = []
+    found, engines = {}, set()
     for process in session_of(server._process.pid):
         with suppress(psutil.NoSuchProcess):
-            if (process.cmdline() or [""])[0].startswith(name):
-                found.append(process)
-    return found
+            found[process] = command = process.cmdline() or [""]
+            if command[0].startswith(ENGINE):
+                engines.add(process.pid)
+    if name != CORE:
+        return [process for process, command in found.items() if command[0].startswith(name)]
+    return [
+        process
+        for process, command in found.items()
+        if parent_of(process) in engines and HELPER not in " ".join(command)
+    ]
+
+
+def is_alive(process: psutil.Process) -> bool:
+    """Whether it runs; one that has ended may be waited for by nobody."""
+    with suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+def parent_of(process: psutil.Process) -> int | None:
+    """None where it has ended."""
+    with suppress(psutil.NoSuchProcess):
+        return process.ppid()
+    return None
 
 
 def session_of(leader: int) -> list[psutil.Process]:

@@ -10,7 +10,17 @@ from typing import Any
 import httpx
 import pytest
 from known_answers import Known, make_transparent_checkpoint
-from ray_server import CORE, ENGINE, Client, answering, kill, processes, serving, wait_until
+from ray_server import (
+    CORE,
+    ENGINE,
+    Client,
+    answering,
+    is_alive,
+    kill,
+    processes,
+    serving,
+    wait_until,
+)
 
 from revmux_vllm.bench.local_server import LocalServer
 from revmux_vllm.serving.replica import STALLED_S
@@ -91,7 +101,7 @@ def test_an_engine_that_hangs_is_replaced_and_its_request_answered(server: Local
     def leaves() -> bool:
         with suppress(httpx.TimeoutException):  # answered all the same, until the replica leaves
             httpx.get(f"{server.base_url}/health", timeout=2)
-        return not replica.is_running()
+        return not is_alive(replica)
 
     async def story() -> Any:
         core.send_signal(signal.SIGSTOP)
@@ -103,4 +113,4 @@ def test_an_engine_that_hangs_is_replaced_and_its_request_answered(server: Local
     answer = asyncio.run(story())
     assert answer.status_code == 200, answer.text
     assert len(answer.json()["data"]) == len(LONG["input"])
-    wait_until(lambda: not core.is_running(), 30, "no engine outlives its replica")
+    wait_until(lambda: not is_alive(core), 30, "no engine outlives its replica")
