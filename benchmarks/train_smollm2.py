@@ -5,8 +5,8 @@ embeddings and lowest layers stay as they are, the others get low-rank updates (
 2022; `pip install peft`), and only these and the head are written. `assemble` makes the whole
 classifier of them, which `revmux train` takes as its backbone.
 
-Some sentences, with every phrase of them, are kept back: `kept-back.tsv` has rows that the
-classifier never saw, to choose on what has to be chosen (`revmux train --validation`). The dev set
+Some sentences, with every phrase of them, are kept back: `rows` writes them, for choosing on what
+the classifier never saw (`revmux train --validation`), and rows to train adapters on. The dev set
 is read for reporting only: nothing is selected on it.
 """
 
@@ -47,7 +47,7 @@ NOT_BUNDLED = ("model.safetensors", "tokenizer*", "chat_template*", "training-*"
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SENTENCE_WORDS, PHRASE_WORDS = 20, 3
 MIN_WORDS = 6
-"""Of rows that are kept back: SST-2 is mostly phrases of a few words, which nobody asks about."""
+"""Of rows for adapters: SST-2 is mostly phrases of a few words, which nobody asks about."""
 Sentences = Annotated[int, typer.Option(help="Longer rows to keep back, and what is in them.")]
 Labels = Annotated[str, typer.Option(help="Names of the classes, in order.")]
 
@@ -83,10 +83,11 @@ def words(text: Any) -> int:
     return len((text if isinstance(text, str) else " ".join(text)).split())
 
 
-def write_fresh(path: Path, rows: data_files.LabelledText, kept_back: Sequence[bool]) -> None:
-    """Those of the rows kept back that are long enough, as a file that `revmux train` reads."""
-    fresh = (i for i, is_kept in enumerate(kept_back) if is_kept)
-    rows = rows.select([i for i in fresh if words(rows.texts[i]) >= MIN_WORDS])
+def write_long(
+    path: Path, rows: data_files.LabelledText, chosen: Sequence[int], most: int | None = None
+) -> None:
+    """Those of the chosen rows that are long enough, as a file that `revmux train` reads."""
+    rows = rows.select([i for i in chosen if words(rows.texts[i]) >= MIN_WORDS][:most])
     columns = ("text_a", "text_b") if rows.pairs else ("text",)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, delimiter="\t", quoting=csv.QUOTE_NONE, quotechar=None)
@@ -122,7 +123,6 @@ def train(
     everything = data_files.read_rows(data / "train.tsv", names, need_labels=True)
     kept_back = keep_back(everything.texts, sentences, seed)
     chosen = [i for i, is_kept in enumerate(kept_back) if not is_kept]
-    write_fresh(output / "kept-back.tsv", everything, kept_back)
     random.Random(seed).shuffle(chosen)
     updates = LoraConfig(
         task_type="SEQ_CLS",
@@ -156,17 +156,25 @@ def shorten(folder: Path) -> None:
     save_file(state, path, metadata={"format": "pt"})
 
 
-@app.command("keep-back")
-def keep_back_rows(
+@app.command("rows")
+def rows_for_adapters(
     data: DataDir,
-    output: Annotated[Path, typer.Option(help="File to write.")],
+    output: Output,
     labels: Labels = "negative,positive",
+    count: Annotated[int, typer.Option(help="Rows to train adapters on.")] = 10_000,
     sentences: Sentences = 350,
     seed: Seed = 0,
 ) -> None:
-    """Write the rows that `train` does not train on."""
+    """Write `kept-back.tsv`, which `train` does not train on, and `adapters.tsv`, of the others."""
+    output.mkdir(parents=True, exist_ok=True)
     everything = data_files.read_rows(data / "train.tsv", labels.split(","), need_labels=True)
-    write_fresh(output, everything, keep_back(everything.texts, sentences, seed))
+    kept_back = keep_back(everything.texts, sentences, seed)
+    write_long(
+        output / "kept-back.tsv", everything, [i for i, kept in enumerate(kept_back) if kept]
+    )
+    others = [i for i, kept in enumerate(kept_back) if not kept]
+    random.Random(seed).shuffle(others)
+    write_long(output / "adapters.tsv", everything, others, count)
 
 
 @app.command()
