@@ -1,11 +1,34 @@
-"""Accuracy against speed-up, the line of early exit beside those of the rungs."""
+"""Against speed-up: accuracy, and the distance of the probabilities from the backbone's.
 
-from collections.abc import Iterable, Sequence
+The lines of early exit stand beside those of the rungs.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 PLOT_FILE = "accuracy.png"
 """In a checkpoint folder."""
+
+
+class Point(NamedTuple):
+    """What is drawn of one row of a report, per cent or probability, with its spread."""
+
+    value: float
+    low: float
+    high: float
+
+
+Measure = Callable[[dict[str, Any]], Point]
+
+
+class Line(NamedTuple):
+    """Rows of one way of saving by name, which stands beside the point unless it is empty."""
+
+    name: str
+    style: str
+    colour: str | None
+    rows: Sequence[tuple[str, dict[str, Any]]]
 
 
 def plot_report(report: dict[str, Any], path: Path, title: str) -> None:
@@ -39,44 +62,73 @@ def plot_frontier(
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(8, 5.5), layout="constrained")
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(14, 5.5), layout="constrained")
     backbone = 100 * next(iter(reports.values()))["backbone"]["accuracy"]
-    axes.axhline(backbone, color="grey", linewidth=0.8, linestyle=":", label="backbone")
-    rivals = {
-        "early exit": ("o--", best_exits(reports.values()).values()),
-        "cascade of early exits": ("^:", next(iter(reports.values())).get("cascade", [])),
-    }
-    for name, (style, rows) in rivals.items():
-        if rows:
-            own = [(row["speedup"], 100 * row["accuracy"]) for row in rows]
-            points = sorted([(1.0, backbone), *own])
-            axes.plot(*zip(*points, strict=True), style, color="black", label=name)
-    for name in reports if lines is None else lines:
-        ways: dict[str, list[tuple[str, dict[str, Any]]]] = {}
-        for rung, row in reports[name]["rungs"].items():
-            # One line per way: what is merged, what is multiplexed, what is both.
-            way = " and ".join(part.split(":")[0] for part in rung.split("+"))
-            ways.setdefault(way, []).append((rung, row))
-        for way, rows in ways.items():
-            _draw_rungs(axes, f"{way}, {name}", rows)
-    axes.set_xlabel("speed-up (arithmetic, adapters counted)")
-    axes.set_ylabel("accuracy, per cent")
-    axes.set_title(title)
-    axes.grid(alpha=0.3)
-    axes.legend()
+    left.axhline(backbone, color="grey", linewidth=0.8, linestyle=":", label="backbone")
+    for line in _lines(reports, lines):
+        _draw(left, line, _accuracy, Point(backbone, backbone, backbone))
+        _draw(right, line, _distance, None)
+    left.set_ylabel("accuracy, per cent (bar: lowest to highest grouping)")
+    left.set_title(title)
+    left.legend()
+    right.set_yscale("log")
+    right.set_ylabel("|p - p of the backbone|, mean (bar: up to the 99th percentile)")
+    right.set_title("probabilities")
+    for axes in (left, right):
+        axes.set_xlabel("speed-up (arithmetic, adapters counted)")
+        axes.grid(alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
 
-def _draw_rungs(axes: Any, name: str, rows: Sequence[tuple[str, dict[str, Any]]]) -> None:
-    ordered = sorted(rows, key=lambda item: item[1]["speedup"])
-    speedups = [row["speedup"] for _, row in ordered]
-    means = [100 * row["accuracy"]["mean"] for _, row in ordered]
-    spread = [
-        [100 * (row["accuracy"]["mean"] - row["accuracy"]["min"]) for _, row in ordered],
-        [100 * (row["accuracy"]["max"] - row["accuracy"]["mean"]) for _, row in ordered],
-    ]
-    axes.errorbar(speedups, means, yerr=spread, fmt="s-", capsize=3, label=name)
-    for (rung, _), speedup, mean in zip(ordered, speedups, means, strict=True):
-        axes.annotate(rung, (speedup, mean), xytext=(6, 5), textcoords="offset points", fontsize=8)
+def _lines(reports: dict[str, dict[str, Any]], names: Iterable[str] | None) -> Iterator[Line]:
+    """The rivals, then one line per report and way: what is merged, multiplexed, both, stopped."""
+    exits = [("", row) for row in best_exits(reports.values()).values()]
+    yield Line("early exit", "o--", "black", exits)
+    cascade = [("", row) for row in next(iter(reports.values())).get("cascade", [])]
+    yield Line("cascade of early exits", "^:", "black", cascade)
+    for name in reports if names is None else names:
+        ways: dict[str, list[tuple[str, dict[str, Any]]]] = {}
+        for rung, row in reports[name]["rungs"].items():
+            way = " and ".join(part.split(":")[0].split("@")[0] for part in rung.split("+"))
+            stopped = ", stopped" if "@" in rung and way != "exit" else ""
+            ways.setdefault(way + stopped, []).append((rung, row))
+        for way, rows in ways.items():
+            yield Line(f"{way}, {name}", "s-", None, rows)
+
+
+def _accuracy(row: dict[str, Any]) -> Point:
+    found = row["accuracy"]
+    if not isinstance(found, dict):  # what does not depend on company
+        found = dict.fromkeys(("mean", "min", "max"), found)
+    return Point(*(100 * found[key] for key in ("mean", "min", "max")))
+
+
+def _distance(row: dict[str, Any]) -> Point:
+    near = row["probabilities"]
+    return Point(near["distance_mean"], near["distance_mean"], near["distance_p99"])
+
+
+def _draw(axes: Any, line: Line, measure: Measure, alone: Point | None) -> None:
+    """One line; from ``alone``, the backbone by itself, where it is a rival's."""
+    rows = sorted(line.rows, key=lambda item: item[1]["speedup"])
+    points = [(row["speedup"], measure(row)) for _, row in rows]
+    if not points:
+        return
+    if line.colour and alone is not None:
+        points = sorted([(1.0, alone), *points])
+    spread = [[p.value - p.low for _, p in points], [p.high - p.value for _, p in points]]
+    axes.errorbar(
+        [speedup for speedup, _ in points],
+        [point.value for _, point in points],
+        yerr=spread,
+        fmt=line.style,
+        capsize=3,
+        color=line.colour,
+        label=line.name,
+        elinewidth=0.8,
+    )
+    for name, row in rows:
+        place = row["speedup"], measure(row).value
+        axes.annotate(name, place, xytext=(6, 5), textcoords="offset points", fontsize=8)
