@@ -8,7 +8,7 @@ from revmux_vllm import __version__
 from revmux_vllm.bench.cli import app as bench
 from revmux_vllm.inspection import inspect
 from revmux_vllm.serving.cli import batch, serve
-from revmux_vllm.training.cli import evaluate, train
+from revmux_vllm.training.cli import calibrate, evaluate, train
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -16,8 +16,9 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     help="Adapters that let vLLM classify several requests in one pass.\n\n"
     "`revmux train` makes a checkpoint folder from a frozen classifier, `revmux eval` measures it, "
-    "`revmux inspect` tells what it is, `vllm serve FOLDER` serves it, `revmux bench` says "
-    "how much faster, `revmux serve` runs several engines behind one address, and `revmux batch` "
+    "`revmux calibrate` makes it keep an accuracy, `revmux inspect` tells what it is, `vllm serve "
+    "FOLDER` serves it, `revmux bench` says how much faster, `revmux serve` runs several engines "
+    "behind one address, and `revmux batch` "
     "classifies Parquet files.",
 )
 app.add_typer(bench, name="bench")
@@ -25,6 +26,7 @@ app.command()(serve)
 app.command()(batch)
 app.command()(train)
 app.command("eval")(evaluate)
+app.command()(calibrate)
 app.command()(inspect)
 
 

@@ -24,11 +24,19 @@ from revmux_vllm.checkpoint.reading import (
     meta_ladder,
     plain_backbone,
     read_config,
+    read_contracts,
     read_measured,
     read_report,
     validate,
 )
-from revmux_vllm.checkpoint.writing import check_output, save, weight_files, write_card, write_whole
+from revmux_vllm.checkpoint.writing import (
+    check_output,
+    save,
+    weight_files,
+    write_card,
+    write_contract,
+    write_whole,
+)
 
 __all__ = [
     "ADAPTER_FILE",
@@ -43,11 +51,13 @@ __all__ = [
     "meta_ladder",
     "plain_backbone",
     "read_config",
+    "read_contracts",
     "read_measured",
     "read_report",
     "save",
     "validate",
     "weight_files",
     "write_card",
+    "write_contract",
     "write_whole",
 ]

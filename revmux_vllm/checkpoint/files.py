@@ -9,6 +9,7 @@ from revmux_vllm.errors import UserError
 ADAPTER_FILE = "adapter.safetensors"
 KEY_PREFIX = "revmux."
 REPORT_FILE = "report.json"
+CONTRACT_FILE = "contracts.json"
 WORK_FOLDER = "trainer"  # of a training that has not ended, in the folder that it will write
 
 

@@ -9,10 +9,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from revmux_vllm.adapters.kinds import AdapterLadder
-from revmux_vllm.checkpoint.files import ADAPTER_FILE, KEY_PREFIX, REPORT_FILE, read_json
+from revmux_vllm.checkpoint.files import (
+    ADAPTER_FILE,
+    CONTRACT_FILE,
+    KEY_PREFIX,
+    REPORT_FILE,
+    read_json,
+)
 from revmux_vllm.config import RevMuxConfig, as_key
 from revmux_vllm.errors import UserError, within
 from revmux_vllm.families import family_of
+from revmux_vllm.planning.contract import Contract
 from revmux_vllm.planning.worth import Measured
 from revmux_vllm.rungs import Rung
 
@@ -80,6 +87,19 @@ def read_measured(folder: str | Path) -> dict[Rung, Measured]:
             cure = "measure it again with `revmux eval FOLDER --eval ROWS --save`"
             raise UserError(f"{path}", f"{name} has no {error}", cure=cure) from error
     return found
+
+
+def read_contracts(folder: str | Path) -> list[Contract]:
+    """What the checkpoint is calibrated for; see ``revmux calibrate``.
+
+    Raises:
+        UserError: for a file that another version wrote.
+    """
+    path = Path(folder) / CONTRACT_FILE
+    if not path.is_file():
+        return []
+    with within(f"{path}"):
+        return [Contract.from_dict(values) for values in read_json(path)["contracts"]]
 
 
 def validate(folder: str | Path) -> RevMuxConfig:

@@ -10,11 +10,18 @@ import torch
 from safetensors.torch import save as serialize
 
 from revmux_vllm.adapters.kinds import AdapterLadder
-from revmux_vllm.checkpoint.files import ADAPTER_FILE, KEY_PREFIX, REPORT_FILE, WORK_FOLDER
-from revmux_vllm.checkpoint.reading import backbone_shape
+from revmux_vllm.checkpoint.files import (
+    ADAPTER_FILE,
+    CONTRACT_FILE,
+    KEY_PREFIX,
+    REPORT_FILE,
+    WORK_FOLDER,
+)
+from revmux_vllm.checkpoint.reading import backbone_shape, read_contracts
 from revmux_vllm.config import RevMuxConfig
 from revmux_vllm.errors import UserError, within
 from revmux_vllm.families import family_of
+from revmux_vllm.planning.contract import Contract
 
 BACKBONE_FILES = ("model*.safetensors", "model.safetensors.index.json")
 
@@ -68,6 +75,7 @@ def save(
     for path in partial.iterdir():
         path.replace(folder / path.name)
     partial.rmdir()
+    (folder / CONTRACT_FILE).unlink(missing_ok=True)  # of other adapters
     write_card(folder, card, report)
 
 
@@ -133,6 +141,14 @@ def write_card(folder: Path, card: str, report: dict[str, Any] | None) -> None:
         write_whole(folder / REPORT_FILE, json.dumps(report, indent=1).encode() + b"\n")
     else:
         (folder / REPORT_FILE).unlink(missing_ok=True)
+
+
+def write_contract(folder: Path, contract: Contract) -> None:
+    """Add a contract, in place of one of the same terms."""
+    others = [own for own in read_contracts(folder) if own.terms != contract.terms]
+    kept = sorted([*others, contract], key=lambda own: str(own.terms))
+    text = json.dumps({"contracts": [own.to_dict() for own in kept]}, indent=1) + "\n"
+    write_whole(folder / CONTRACT_FILE, text.encode())
 
 
 def write_whole(path: Path, content: bytes) -> None:

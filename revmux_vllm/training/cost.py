@@ -1,6 +1,6 @@
 """Speed-up in arithmetic: the layer limit with everything else counted, adapters and heads too."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from revmux_vllm.adapters.kinds import AdapterLadder
+from revmux_vllm.adapters.kinds import AdapterLadder, RungAdapter
 from revmux_vllm.backbones.base import Backbone
 from revmux_vllm.reference import run_rung
 from revmux_vllm.rungs import Rung
@@ -49,6 +49,22 @@ class Costs:
         for layer, head in exits.items():
             asked += self._of_exit(head)
             shares.append((self._until(int(layer)) + asked) / whole)
+        return [*shares, 1 + asked / whole]
+
+    def until_stops(self, stops: Sequence[RungAdapter]) -> list[float]:
+        """Share of the backbone's work until each exit of a contract, by depth, the ones before it
+        counted, and last of the whole way past all of them."""
+        whole, asked, shares = self.lower + self.upper, 0.0, []
+        row = self.hidden[0, :1]  # (1, D)
+        skip = row[None].expand(1, 2, -1)
+        stream = self.lengths * 0
+        for adapter in stops:
+            rows = None if adapter.rung.exit else row
+            asked += _flops(
+                lambda: self.backbone.head(adapter.read(rows, stream, skip))  # noqa: B023
+            )
+            layer = adapter.rung.stop or self.backbone.prefill_layers
+            shares.append((self._until(layer) + asked) / whole)
         return [*shares, 1 + asked / whole]
 
     def _until(self, layer: int) -> float:

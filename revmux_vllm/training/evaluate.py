@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from revmux_vllm.adapters.kinds import AdapterLadder
 from revmux_vllm.backbones.base import Backbone
 from revmux_vllm.config import layer_limit
+from revmux_vllm.planning.contract import Contract
 from revmux_vllm.planning.packing import pack_rungs
 from revmux_vllm.reference import run_rung
 from revmux_vllm.rungs import Rung
 from revmux_vllm.training import cascade
+from revmux_vllm.training.contract import observe, walk
 from revmux_vllm.training.cost import Costs
 from revmux_vllm.training.features import Features
 from revmux_vllm.training.scores import compare
@@ -78,6 +80,7 @@ def evaluate(
     window: int = WINDOW,
     answer: Predict | None = None,
     thresholds: Mapping[float, float] | None = None,
+    contracts: Sequence[Contract] = (),
 ) -> dict[str, Any]:
     """The report that ``revmux eval --json`` prints; shares between 0 and 1.
 
@@ -91,6 +94,7 @@ def evaluate(
         answer: computes the probabilities, the backbone's own too; default: the reference on
             ``features``.
         thresholds: of the cascade of early exits, by the agreement they were chosen for.
+        contracts: that the checkpoint is calibrated for.
     """
     lengths = features.lengths.tolist()
     config = ladder.config
@@ -114,6 +118,7 @@ def evaluate(
         groups = group_windows(parts, lengths, config.kind(rung))
         answers[rung].append((answer or reference)(rung, groups, parts))
     report |= _exit_rows(exits, features, own, costs, thresholds or {})
+    report["contracts"] = _contract_rows(contracts, backbone, ladder, features, own, costs)
     for rung, given in answers.items():
         row = {
             "prefill_layers": config.prefill_layers,
@@ -163,6 +168,34 @@ def _exit_rows(
             | _one_way(walked.answers, own, features.labels)
         )
     return {"early_exit": static, "cascade": adaptive}
+
+
+def _contract_rows(
+    contracts: Sequence[Contract],
+    backbone: Backbone,
+    ladder: AdapterLadder,
+    features: Features,
+    own: Tensor,
+    costs: Costs,
+) -> list[dict[str, Any]]:
+    """What every promise gives on these rows."""
+    rows = []
+    for contract in contracts:
+        seen = observe(backbone, ladder, features, contract.stops)
+        left = walk(contract, seen)
+        passed = costs.until_stops([ladder[stop] for stop in contract.stops])
+        shares = torch.bincount(left.place, minlength=len(passed)) / len(left.place)
+        places = [*map(str, contract.stops), "alone"]
+        rows.append(
+            {
+                "name": str(contract),
+                "agreement_promised": contract.agreement,
+                "speedup": cascade.speedup(left.place, passed),
+                "shares": dict(zip(places, shares.tolist(), strict=True)),
+            }
+            | _one_way(left.answers.softmax(-1), own, features.labels)
+        )
+    return rows
 
 
 def _one_way(answers: Tensor, own: Tensor, labels: Tensor) -> dict[str, Any]:

@@ -2,20 +2,24 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig
 
 from revmux_vllm import bundled, checkpoint
+from revmux_vllm.adapters.kinds import AdapterLadder
 from revmux_vllm.backbones.base import Backbone, two_class_logits
 from revmux_vllm.backbones.loading import load_backbone
 from revmux_vllm.config import RevMuxConfig
 from revmux_vllm.errors import UserError, require
+from revmux_vllm.planning.contract import Contract
 from revmux_vllm.rungs import Rung
 from revmux_vllm.training import cascade, data
+from revmux_vllm.training import contract as contracts
 from revmux_vllm.training.card import front_matter, model_card
 from revmux_vllm.training.checks import (
     check_enough,
@@ -24,10 +28,12 @@ from revmux_vllm.training.checks import (
     label_names,
     read_tokenizer,
 )
+from revmux_vllm.training.contract import Terms, observe, stops_of
+from revmux_vllm.training.cost import Costs
 from revmux_vllm.training.device import process_state
 from revmux_vllm.training.evaluate import Groups, Predict, evaluate
 from revmux_vllm.training.exits import load_exits
-from revmux_vllm.training.features import extract, tokenize
+from revmux_vllm.training.features import Features, extract, tokenize
 from revmux_vllm.training.plot import PLOT_FILE, plot_report
 
 
@@ -58,38 +64,125 @@ def measure(
     """
     if engine:
         require("vllm", extra="train")
-    for name, value in (("window", window), ("max_tokens", max_tokens)):
-        if value < 1:
-            raise UserError(f"`{name}`", expected="at least 1", found=value)
+    if window < 1:
+        raise UserError("`window`", expected="at least 1", found=window)
+    subject = load(
+        folder,
+        rows,
+        text_columns=text_columns,
+        label_column=label_column,
+        max_tokens=max_tokens,
+        with_exits=True,
+    )
+    check_enough(subject.ladder.config, len(subject.texts), window)
+    answering: AbstractContextManager[Predict | None] = nullcontext()
+    if engine:
+        prompts = tokenize(subject.tokenizer, subject.texts, max_tokens)["input_ids"]
+        answering = engine_answers(subject.folder, prompts, window)
+    with answering as answer:
+        report = evaluate(
+            subject.backbone,
+            subject.ladder,
+            subject.exits,
+            subject.features,
+            subject.names,
+            window,
+            answer,
+            cascade.load(subject.folder),
+            checkpoint.read_contracts(subject.folder),
+        )
+    if save:
+        keep(subject.folder, subject.ladder.config, subject.backbone.num_layers, report)
+    return report
+
+
+def calibrate(
+    folder: Path,
+    rows: str,
+    terms: Terms,
+    *,
+    text_columns: Sequence[str] | None,
+    max_tokens: int,
+) -> Contract:
+    """Calibrate a checkpoint for a promise, on ``rows``, and keep it there.
+
+    Args:
+        folder: checkpoint, or a bundled name.
+        rows: file or hub data set; labels are not needed.
+        terms: what to promise.
+        text_columns: see ``data.read_rows``.
+        max_tokens: longer rows are cut.
+
+    Raises:
+        UserError: for a checkpoint without exits, or rows that are too few.
+    """
+    subject = load(
+        folder, rows, text_columns=text_columns, label_column=None, max_tokens=max_tokens
+    )
+    stops = stops_of(subject.ladder)
+    costs = Costs(subject.backbone, round(subject.features.lengths.float().mean().item()))
+    shares = costs.until_stops([subject.ladder[stop] for stop in stops])
+    seen = observe(subject.backbone, subject.ladder, subject.features, stops)
+    contract = contracts.calibrate(seen, stops, shares, terms)
+    checkpoint.write_contract(subject.folder, contract)
+    return contract
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A checkpoint, and what its backbone says of some rows.
+
+    Attributes:
+        folder: of the checkpoint.
+        names: of the classes.
+        exits: early exits to measure; none unless they were asked for.
+    """
+
+    folder: Path
+    backbone: Backbone
+    ladder: AdapterLadder
+    tokenizer: Any
+    names: list[str]
+    texts: data.LabelledText
+    exits: nn.ModuleDict
+    features: Features
+
+
+def load(
+    folder: Path,
+    rows: str,
+    *,
+    text_columns: Sequence[str] | None,
+    label_column: str | None,
+    max_tokens: int,
+    with_exits: bool = False,
+) -> Subject:
+    """Everything that measuring needs; with the early exits labels are needed too.
+
+    Raises:
+        UserError: for a broken checkpoint or unusable rows.
+    """
+    if max_tokens < 1:
+        raise UserError("`max_tokens`", expected="at least 1", found=max_tokens)
     folder = bundled.resolve(folder)
     ladder = checkpoint.load_adapters(folder).float()
     config = ladder.config
     hf_config = AutoConfig.from_pretrained(folder)
     names = label_names(hf_config, config.label_words)
     texts = data.read_rows(
-        rows, names, text_columns=text_columns, label_column=label_column, need_labels=True
+        rows, names, text_columns=text_columns, label_column=label_column, need_labels=with_exits
     )
     check_pairs(config, texts, rows)
-    check_enough(config, len(texts), window)
     check_max_tokens(hf_config, max_tokens)
     device = process_state().device
     backbone = _load_backbone(folder, config).to(device)
     ladder.to(device)
     tokenizer = read_tokenizer("checkpoint", folder)
-    exits = load_exits(folder, hf_config.hidden_size, len(names)).to(device)
+    exits = nn.ModuleDict()
+    if with_exits:
+        exits = load_exits(folder, hf_config.hidden_size, len(names)).to(device)
     features = extract(backbone, tokenizer, texts, max_tokens, [int(layer) for layer in exits])
-    answering: AbstractContextManager[Predict | None] = nullcontext()
-    if engine:
-        answering = engine_answers(
-            folder, tokenize(tokenizer, texts, max_tokens)["input_ids"], window
-        )
-    with answering as answer:
-        report = evaluate(
-            backbone, ladder, exits, features, names, window, answer, cascade.load(folder)
-        )
-    if save:
-        keep(folder, config, backbone.num_layers, report)
-    return report
+    return Subject(folder, backbone, ladder, tokenizer, names, texts, exits, features)
 
 
 def keep(folder: Path, config: RevMuxConfig, num_layers: int, report: dict[str, Any]) -> None:

@@ -88,6 +88,8 @@ def _lines(reports: dict[str, dict[str, Any]], names: Iterable[str] | None) -> I
     yield Line("early exit", "o--", "black", exits)
     cascade = [("", row) for row in next(iter(reports.values())).get("cascade", [])]
     yield Line("cascade of early exits", "^:", "black", cascade)
+    contracts = [(r["name"], r) for r in next(iter(reports.values())).get("contracts", [])]
+    yield Line("contract", "D-", "tab:red", contracts)
     for name in reports if names is None else names:
         ways: dict[str, list[tuple[str, dict[str, Any]]]] = {}
         for rung, row in reports[name]["rungs"].items():

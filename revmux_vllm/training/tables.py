@@ -5,6 +5,8 @@ from typing import Any
 
 from rich.table import Table
 
+from revmux_vllm.planning.contract import Contract
+
 COLUMNS = ("", "accuracy", "agreement", "speed-up", "layer limit")
 NEAR_COLUMNS = ("", "than exit", "than cascade", "|p-p'|", "p99", "side of 0.9", "AUC")
 """Points of agreement more than early exit, and than a cascade of early exits, has at the same
@@ -43,11 +45,13 @@ def near_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
 
 
 def _rivals(report: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """What the rungs are measured against."""
+    """What the rungs are measured against, and the contracts."""
     for row in report.get("early_exit", []):
         yield f"early exit after {row['layer']}", row
     for row in report.get("cascade", []):
         yield f"cascade for {row['target']:.0%}", row
+    for row in report.get("contracts", []):
+        yield f"contract {row['name']}", row
 
 
 def _probabilities(row: dict[str, Any]) -> tuple[str, ...]:
@@ -100,6 +104,22 @@ def class_table(report: dict[str, Any]) -> Table:
             counts = (f"{count:.1f}" for count in row["confusion"][i])
             table.add_row(rung if i == 0 else "", name, *scores, *counts)
         table.add_section()
+    return table
+
+
+def contract_table(contract: Contract) -> Table:
+    """Where requests leave under a contract, with its promise as the title."""
+    table = Table(
+        title=f"{contract}: {contract.measured:.2%} on {contract.rows} rows that tested it, at "
+        f"{contract.speedup:.2f}x in arithmetic"
+    )
+    for column in ("stop", "least trust (log odds)", "leave there"):
+        table.add_column(column, justify="left" if column == "stop" else "right")
+    places = zip(contract.stops, contract.thresholds, contract.shares, strict=True)
+    for stop, threshold, share in places:
+        least = "nobody leaves" if threshold is None else f"{threshold:.2f}"
+        table.add_row(str(stop), least, f"{share:.1%}")
+    table.add_row("alone", "", f"{1 - sum(contract.shares):.1%}")
     return table
 
 
