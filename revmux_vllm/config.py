@@ -81,6 +81,8 @@ class RevMuxConfig:
 
         Empty for the backbone alone.
         """
+        if rung.sure:
+            return (rung,)
         alike = (r for r in self.rungs if r.way == rung.way)
         return tuple(r for r in alike if r.mux <= rung.mux)
 

@@ -56,11 +56,19 @@ MERGED_COMPOSITE = Kind(
     "composites of N sequences whose tokens were merged",
     re.compile(rf"merge:(?P<merge>\d+)\+mux:(?P<mux>\d+)({_STOP})?"),
 )
-GRAMMAR = (ALONE, EXIT, COMPOSITE, MERGED, MERGED_COMPOSITE)
+CONTRACT = Kind(
+    "contract",
+    "contract",
+    "one sequence alone, until an exit is sure enough of its answer",
+    re.compile("(?P<sure>contract)"),
+)
+GRAMMAR = (ALONE, CONTRACT, EXIT, COMPOSITE, MERGED, MERGED_COMPOSITE)
+TRAINED = tuple(kind for kind in GRAMMAR if kind not in (ALONE, CONTRACT))
+"""Those that a checkpoint may have adapters for."""
 STOPPED = "`@L` behind any of them reads the answer after layer L"
 COUNTS = ("merge", "mux")
 """Fields of ``Rung`` that say how many become one row, in the order of a name."""
-_READ = {"exit": bool, "stop": int} | dict.fromkeys(COUNTS, int)
+_READ = {"exit": bool, "stop": int, "sure": bool} | dict.fromkeys(COUNTS, int)
 
 
 @dataclass(frozen=True, order=True)
@@ -72,23 +80,27 @@ class Rung:
         mux: sequences that share a composite (the width N); 1 is no composite.
         exit: no upper layer at all; the answer is read off the prefill state.
         stop: the answer is read after so many layers of the backbone; 0: after all of them.
+        sure: each sequence leaves at the first exit that is sure enough, by an accuracy contract.
     """
 
     merge: int = 1
     mux: int = 1
     exit: bool = False
     stop: int = 0
+    sure: bool = False
 
     def __post_init__(self) -> None:
         counts = self.merge, self.mux
-        if min(counts) < 1 or (self.exit and max(*counts, self.stop + 1) > 1) or self.stop < 0:
+        is_plain = max(*counts, self.stop + 1) == 1
+        if min(counts) < 1 or self.stop < 0 or self.exit + self.sure + (not is_plain) > 1:
             raise ValueError(
-                f"no such rung: {dict(self._counts())}, exit {self.exit}, stop {self.stop}"
+                f"no such rung: {dict(self._counts())}, exit {self.exit}, stop {self.stop}, "
+                f"sure {self.sure}"
             )
 
     def __str__(self) -> str:
-        if self.exit:
-            return "exit"
+        if self.exit or self.sure:
+            return "exit" if self.exit else "contract"
         name = "+".join(f"{name}:{n}" for name, n in self._counts() if n > 1)
         return f"{name or 'exit'}@{self.stop}" if self.stop else name or "alone"
 
@@ -109,7 +121,8 @@ class Rung:
         return replace(self, stop=0)
 
     def saving(self, prefill_layers: int, num_layers: int) -> float:
-        """How many times less the upper layers compute for it; without end for ``exit``.
+        """How many times less the upper layers compute for it; without end for ``exit``. Of a
+        contract it depends on the texts (``Contract.saving``), and is at least 1.
 
         Args:
             prefill_layers: l, below the cut.
@@ -127,9 +140,9 @@ class Rung:
         return self.merge
 
     @property
-    def way(self) -> tuple[int, bool, int]:
+    def way(self) -> tuple[int, bool, int, bool]:
         """What is done to each sequence by itself: every field but ``mux``."""
-        return self.merge, self.exit, self.stop
+        return self.merge, self.exit, self.stop, self.sure
 
     @classmethod
     def parse(cls, text: str) -> "Rung":
@@ -143,7 +156,7 @@ class Rung:
                 fields: dict[str, Any] = {k: _READ[k](v) for k, v in found.groupdict().items() if v}
                 if min(fields.values(), default=1) and str(rung := cls(**fields)) == text:
                     return rung
-        *others, last = (kind.form for kind in GRAMMAR if kind is not ALONE)
+        *others, last = (kind.form for kind in TRAINED)
         raise UserError(
             f"rung {text!r}",
             expected=f"{', '.join(others)} or {last}, N at least 2, or one with @L behind it",
@@ -157,6 +170,9 @@ def parse_rungs(texts: Iterable[str]) -> tuple[Rung, ...]:
         UserError: for a name that is none, stands there twice, or is the backbone itself.
     """
     rungs = [Rung.parse(text) for text in texts]
+    if Rung(sure=True) in rungs:
+        cure = "train some `exit@L`, and then `revmux calibrate`"
+        raise UserError("rung contract", "it is calibrated, not trained", cure=cure)
     if Rung() in rungs:
         raise UserError(
             f"rung {Rung()}", "that is the backbone itself, always there", cure="leave it out"
@@ -169,8 +185,7 @@ def parse_rungs(texts: Iterable[str]) -> tuple[Rung, ...]:
 
 def in_words() -> str:
     """Every kind of rung that a checkpoint may have, with what it runs on."""
-    kinds = (kind for kind in GRAMMAR if kind is not ALONE)
-    return ", ".join([*(f"`{kind.form}` {kind.says}" for kind in kinds), STOPPED])
+    return ", ".join([*(f"`{kind.form}` {kind.says}" for kind in TRAINED), STOPPED])
 
 
 @dataclass(frozen=True)

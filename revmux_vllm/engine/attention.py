@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
-from vllm.forward_context import get_forward_context
+from vllm.forward_context import ForwardContext, get_forward_context
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionCGSupport,
@@ -62,6 +62,28 @@ def composite_metadata(
     )
 
 
+def metadata_for(
+    build: Callable[[CommonAttentionMetadata], Any],
+    common: CommonAttentionMetadata,
+    first_layer: int,
+    layout: MuxLayout[Tensor],
+) -> Any:
+    """A backend's metadata of what ``layout`` has in a layer: all of the step, or what goes on.
+
+    Args:
+        build: the backend's own.
+        common: of the step.
+        first_layer: of those that run on the same rows.
+        layout: of all of the step, or of what goes on of it.
+    """
+    composites = common
+    if layout.rungs and layout.passing(first_layer)[0]:  # else these layers do not run
+        composites = composite_metadata(common, layout, first_layer)
+    metadata = build(composites)
+    metadata.mux_slot_mapping = composites.slot_mapping
+    return metadata
+
+
 @functools.lru_cache
 def composite_attention_backend(
     underlying: type[AttentionBackend], first_layer: int, ends: Ends, reads_sequences: bool
@@ -104,12 +126,15 @@ def composite_attention_backend(
                 made = make_layout(step.groups(), starts, ends)
                 step.layout = sent(made, common.query_start_loc.device)
             layout: MuxLayout[Tensor] = step.layout
-            composites = common_attn_metadata
-            if layout.rungs and layout.passing(first_layer)[0]:  # else these layers do not run
-                composites = composite_metadata(common_attn_metadata, layout, first_layer)
-            metadata = super().build(common_prefix_len, composites, fast_build)
-            metadata.mux_layout = layout
-            metadata.mux_slot_mapping = composites.slot_mapping
+            own = super().build
+            build = functools.partial(
+                metadata_for,
+                lambda common: own(common_prefix_len, common, fast_build),
+                common_attn_metadata,
+                first_layer,
+            )
+            metadata = build(layout)
+            metadata.mux_layout, metadata.mux_rebuild = layout, build
             return metadata
 
     # vLLM tells backends apart by their names.
@@ -138,17 +163,44 @@ def enter_upper_layers(
     layout = getattr(by_layer.get(next(iter(layer_names.values()))[0]), "mux_layout", None)
     if layout is None or not layout.rungs:
         return layout
-    assert isinstance(context.slot_mapping, dict)
     for first_layer, names in layer_names.items():
         _, num_rows = layout.passing(first_layer)
         if not num_rows:
             break
-        slots = by_layer[names[0]].mux_slot_mapping
-        padding = padded_size(num_rows) - num_rows
-        padded = nn.functional.pad(slots, (0, padding), value=PAD_SLOT_ID) if padding else slots
-        for name in names:
-            assert by_layer[name].mux_slot_mapping is slots, (
-                "upper layers of one kind share their slots"
-            )
-            context.slot_mapping[name] = padded
+        _set_slots(context, names, padded_size(num_rows) - num_rows)
     return layout
+
+
+def enter_with_fewer(
+    names: Sequence[str], layout: MuxLayout[Tensor], padded_size: Callable[[int], int]
+) -> None:
+    """Metadata and slots of a part of the upper layers anew, for the sequences that go on.
+
+    Args:
+        names: of the part's attention; none where a family has no use for metadata.
+        layout: of what goes on.
+        padded_size: as for ``enter_upper_layers``.
+    """
+    if not names:
+        return
+    context = get_forward_context()
+    assert isinstance(context.attn_metadata, dict)
+    by_layer: dict[str, Any] = context.attn_metadata
+    metadata = by_layer[names[0]].mux_rebuild(layout)
+    for name in names:
+        by_layer[name] = metadata
+    _set_slots(context, names, padded_size(layout.num_rows) - layout.num_rows)
+
+
+def _set_slots(context: ForwardContext, names: Sequence[str], padding: int) -> None:
+    """Layers of one part write where their metadata say; ``padding`` rows write nowhere."""
+    assert isinstance(context.slot_mapping, dict)
+    assert isinstance(context.attn_metadata, dict)
+    by_layer: dict[str, Any] = context.attn_metadata
+    slots = by_layer[names[0]].mux_slot_mapping
+    padded = nn.functional.pad(slots, (0, padding), value=PAD_SLOT_ID) if padding else slots
+    for name in names:
+        assert by_layer[name].mux_slot_mapping is slots, (
+            "upper layers of one kind share their slots"
+        )
+        context.slot_mapping[name] = padded

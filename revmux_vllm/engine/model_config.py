@@ -59,17 +59,18 @@ class RevMuxModelConfig(VerifyAndUpdateConfig):
 
 
 def served_options(vllm_config: "VllmConfig") -> Options:
-    """The user's options, over what was measured of the checkpoint.
+    """The user's options, over what the checkpoint was measured and calibrated to be.
 
     Raises:
         UserError: see ``read_options``.
     """
     model = vllm_config.model_config
-    measured = None
+    measured, contracts = None, []
     if vllm_config.load_config.load_format != "dummy":
         measured = checkpoint.read_measured(model.model)
+        contracts = checkpoint.read_contracts(model.model)
     config = RevMuxConfig.from_dict(model.hf_config.revmux)
-    return read_options(vllm_config.additional_config, config, measured)
+    return read_options(vllm_config.additional_config, config, measured, contracts)
 
 
 def _keep_no_prefixes(vllm_config: "VllmConfig") -> None:

@@ -64,7 +64,9 @@ class RevMuxScheduler(Scheduler):
         model = self.vllm_config.model_config
         config = RevMuxConfig.from_dict(model.hf_config.revmux)
         options = served_options(self.vllm_config)
-        if options.policy == "load":
+        if options.contract is not None:
+            logger.info("RevMUX: %s", options.contract.in_words())
+        elif options.policy == "load":
             logger.info("RevMUX: rungs in use: %s", options.choice)
         self.planner = StepPlanner(
             config,
@@ -150,6 +152,7 @@ class RevMuxScheduler(Scheduler):
                 one.tokens, one.rows, one.seconds[LOWER], one.seconds.get(UPPER, 0.0)
             )
         costs.observe_overhead(seconds - last.seconds[LOWER] - last.seconds.get(UPPER, 0.0))
+        self.planner.left(last.left)
         for stage, stage_s in {**last.seconds, "step": seconds}.items():
             self._count_us(stage, stage_s)
         alone_s = seconds if has_chunks else costs.seconds(last.tokens, last.tokens)

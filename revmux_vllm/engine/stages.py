@@ -8,7 +8,7 @@ nobody waits for them before the step's answers are waited for.
 import itertools
 import time
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,11 +25,13 @@ class StepTimes:
         tokens: rows of the lower layers.
         rows: of an upper one, on average: some stop earlier than others.
         seconds: by stage.
+        left: how many requests under an accuracy contract left where, by rung.
     """
 
     tokens: int
     rows: float
     seconds: dict[str, float]
+    left: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -37,19 +39,20 @@ class MarkedPass:
     """A forward pass as it was marked: on a GPU perhaps not over yet.
 
     Attributes:
-        tokens, rows: as of ``StepTimes``.
+        tokens, rows, left: as of ``StepTimes``.
         marks: name of the stage that ended, and when: seconds, or an event of the device's.
     """
 
     tokens: int
     rows: float
     marks: list[tuple[str, Any]]
+    left: dict[str, int]
 
     def times(self) -> StepTimes:
         """Its times; on a GPU this waits for the pass."""
         pairs = itertools.pairwise(self.marks)
         seconds = {stage: _between(before, at) for (_, before), (stage, at) in pairs}
-        return StepTimes(self.tokens, self.rows, seconds)
+        return StepTimes(self.tokens, self.rows, seconds, self.left)
 
 
 class StageClock:
@@ -69,9 +72,9 @@ class StageClock:
         """``stage`` has ended."""
         self._marks.append((stage, self._now()))
 
-    def finish(self, tokens: int, rows: float) -> None:
+    def finish(self, tokens: int, rows: float, left: dict[str, int] | None = None) -> None:
         """The pass has ended."""
-        self._finished.append(MarkedPass(tokens, rows, self._marks))
+        self._finished.append(MarkedPass(tokens, rows, self._marks, left or {}))
 
     def take(self) -> list[MarkedPass]:
         """The passes since the last call."""

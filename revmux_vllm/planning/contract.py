@@ -13,6 +13,9 @@ from typing import Any
 from revmux_vllm.errors import UserError
 from revmux_vllm.rungs import Rung
 
+LEAST_ABOVE = 0.02
+"""Share of the upper layers' work that is counted at least, wherever most requests leave."""
+
 
 @dataclass(frozen=True)
 class Contract:
@@ -56,6 +59,26 @@ class Contract:
         if self.probability is not None:
             words += f" within {self.probability:g}"
         return words + (" of each class" if self.per_class else "")
+
+    def in_words(self) -> str:
+        """One line for a log."""
+        stops = zip(self.stops, self.thresholds, strict=True)
+        used = ", ".join(str(stop) for stop, least in stops if least is not None)
+        return (
+            f"accuracy contract {self}, with confidence {self.confidence:g} for text like the "
+            f"{self.rows} rows that tested it ({self.measured:.2%} there, {self.speedup:.2f}x in "
+            f"arithmetic): busy, requests leave at {used}"
+        )
+
+    def saving(self, prefill_layers: int, num_layers: int) -> float:
+        """How many times less the upper layers compute, for texts like those that tested it.
+
+        Args:
+            prefill_layers: l, below the cut.
+            num_layers: L, all.
+        """
+        above = (num_layers / self.speedup - prefill_layers) / (num_layers - prefill_layers)
+        return 1 / min(1.0, max(LEAST_ABOVE, above))
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form; ``from_dict`` reads it back."""

@@ -6,6 +6,7 @@ step is two measurements of the same line. Attention's quadratic part is left ou
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from revmux_vllm.rungs import Rung
@@ -22,9 +23,13 @@ class LayerCosts:
     Args:
         prefill_layers: lower layers l.
         num_layers: all layers L.
+        savings: of rungs whose saving is not a matter of layers alone.
     """
 
-    def __init__(self, prefill_layers: int, num_layers: int) -> None:
+    def __init__(
+        self, prefill_layers: int, num_layers: int, savings: Mapping[Rung, float] | None = None
+    ) -> None:
+        self._savings = dict(savings or {})
         self.lower, self.upper = prefill_layers, num_layers - prefill_layers
         self.overhead_s = 0.0
         # Of the measurements, weighted: their number, x, y, x squared, and x times y.
@@ -33,6 +38,8 @@ class LayerCosts:
 
     def saving(self, rung: Rung) -> float:
         """How many times less the upper layers compute for a rung."""
+        if rung in self._savings:
+            return self._savings[rung]
         return rung.saving(self.lower, self.lower + self.upper)
 
     @property

@@ -6,6 +6,7 @@ from typing import Any
 
 from revmux_vllm.config import RevMuxConfig
 from revmux_vllm.errors import UserError, within
+from revmux_vllm.planning.contract import Contract, find_contract
 from revmux_vllm.planning.worth import MIN_AGREEMENT, Choice, Measured, choose_rungs
 from revmux_vllm.rungs import Rung, parse_rungs
 
@@ -33,7 +34,12 @@ class Options:
         adapter_dtype: what adapters compute in: ``float32``, ``bfloat16``, or ``auto``: on a GPU
             bfloat16 where the backbone is served in 16 bits, on a CPU at least as wide as they are
             stored.
+        agreement: busy, answer by the checkpoint's accuracy contract: at least this share of the
+            answers is the backbone's. Then no rung is used but those named in ``rungs``, and these
+            only beyond what the contract can carry.
+        probability, per_class: the contract's further terms; see ``Contract``.
         choice: what became of the rungs and why; not an option.
+        contract: of these terms, where the checkpoint was asked; not an option.
     """
 
     policy: str = "load"
@@ -45,13 +51,18 @@ class Options:
     isolate: bool = False
     adapter_dtype: str = "auto"
     min_agreement: float = MIN_AGREEMENT
+    agreement: float | None = None
+    probability: float | None = None
+    per_class: bool = False
     choice: Choice = Choice(())  # noqa: RUF009  frozen
+    contract: Contract | None = None
 
 
 def read_options(
     additional_config: Any,
     config: RevMuxConfig,
     measured: Mapping[Rung, Measured] | None = None,
+    contracts: Sequence[Contract] | None = None,
 ) -> Options:
     """The user's options over a checkpoint.
 
@@ -59,6 +70,7 @@ def read_options(
         additional_config: vLLM's.
         config: of the checkpoint.
         measured: what is known of its rungs; None: do not ask, as for random weights.
+        contracts: that it is calibrated for; None: do not ask.
 
     Raises:
         UserError: for an unknown key or value, with what is known, in the spelling of the JSON.
@@ -66,11 +78,15 @@ def read_options(
     given = additional_config.get("revmux", {}) if isinstance(additional_config, dict) else {}
     if not isinstance(given, dict):
         raise UserError(WHERE, f"expected an object, found {given!r}")
-    known = sorted(set(Options.__dataclass_fields__) - {"choice"})
+    known = sorted(set(Options.__dataclass_fields__) - {"choice", "contract"})
     if unknown := sorted(set(given) - set(known)):
         raise UserError(WHERE, f"unknown key {', '.join(unknown)}; known are {', '.join(known)}")
     with within("", lambda key: f"{WHERE}.{key}"):
-        return _read(given, config, measured)
+        options = _read(given, config, measured)
+        if options.agreement is None or contracts is None:
+            return options
+        terms = options.agreement, options.probability, options.per_class
+        return replace(options, contract=find_contract(contracts, *terms))
 
 
 def fixed_rung(options: Options) -> Rung:
@@ -104,15 +120,32 @@ def _read(
     least = given.get("min_agreement", MIN_AGREEMENT)
     if not isinstance(least, int | float) or isinstance(least, bool) or not 0 <= least <= 1:
         raise UserError("`min_agreement`", expected="a share, 0 to 1", found=least)
+    _check_terms(given)
     known = measured if least else None
     default = [rung for rung in config.rungs if known is not None or not rung.exit]
+    if promises := "agreement" in given:
+        known, default = None, []
     rungs = tuple(r for r in _read_rungs(given, config, default) if r.mux <= max_width)
+    rungs = (*rungs, Rung(sure=True)) if promises else rungs
     options = Options(**given | {"rungs": rungs, "max_width": max_width})
     if options.policy not in ("load", "off"):
         fixed_rung(options)
         return options
     choice = choose_rungs(rungs, known, least)
     return replace(options, rungs=choice.used, choice=choice)
+
+
+def _check_terms(given: dict[str, Any]) -> None:
+    for key, most in (("agreement", "below 1"), ("probability", "at most 1")):
+        value = given.get(key, 0.5)
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not 0 < value <= 1 or (key == "agreement" and value == 1):
+            raise UserError(f"`{key}`", expected=f"a share above 0, {most}", found=value)
+    if not isinstance(given.get("per_class", False), bool):
+        raise UserError("`per_class`", expected="true or false", found=given["per_class"])
+    if "agreement" not in given and (more := {"probability", "per_class"} & set(given)):
+        problem = "a term of an accuracy contract"
+        raise UserError(f"`{min(more)}`", problem, cure="give an agreement too")
 
 
 def _read_rungs(

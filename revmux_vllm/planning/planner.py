@@ -71,6 +71,14 @@ class Step:
         return [member for _, group in self.composites for member in group]
 
 
+def savings_of(options: Options, config: RevMuxConfig, num_layers: int) -> dict[Rung, float]:
+    """What the contract saves, if there is one; see ``LayerCosts``."""
+    if options.contract is None:
+        return {}
+    saving = options.contract.saving(config.prefill_layers, num_layers)
+    return {Rung(sure=True): saving}
+
+
 class StepPlanner:
     """Plans step after step: ``choose`` what should run, and ``plan`` what the engine took of it.
 
@@ -97,7 +105,9 @@ class StepPlanner:
         costs: LayerCosts | None = None,
     ) -> None:
         self.config, self.options, self.budgets = config, options, budgets
-        self.costs = costs or LayerCosts(config.prefill_layers, num_layers)
+        self.costs = costs or LayerCosts(
+            config.prefill_layers, num_layers, savings_of(options, config, num_layers)
+        )
         self.policy: Policy = make_policy(config, options, self.costs, budgets)
         self.arrivals = ArrivalRate(RATE_HORIZONS * options.target_ms / 1000, now_s)
         self.counts: Counts = Counter()
@@ -112,6 +122,13 @@ class StepPlanner:
     def window(self) -> int:
         """Most waiting requests to show to ``choose``, the longest waiting ones."""
         return self.policy.window
+
+    def left(self, counts: Mapping[str, int]) -> None:
+        """So many requests under the contract left at each exit, or went to the end."""
+        for rung, number in counts.items():
+            self.counts["requests", rung] += number
+            self.counts["composites", rung] += number
+            self.counts["contract", rung] += number
 
     def arrive(self, num_tokens: int) -> None:
         """A request came."""
@@ -233,7 +250,9 @@ class StepPlanner:
         return [(r.id,) if r.domain is None else r.domain for r in requests]
 
     def _count(self, composites: Sequence[Composite], alone_because: str | None) -> None:
-        for rung, number in Counter(rung for rung, _ in composites).items():
+        # Where those under the contract leave is known behind the step; see ``left``.
+        known = (rung for rung, _ in composites if not rung.sure)
+        for rung, number in Counter(known).items():
             self.counts["requests", str(rung)] += number * rung.mux
             self.counts["composites", str(rung)] += number
         for rung, group in composites:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ByCrowd, RecordingEngine, make_tiny_checkpoint, random_prompts
+from contracts import UNDER_CONTRACT, Promised, check_contract
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 from word_tokenizers import word_tokenizer
@@ -66,7 +67,7 @@ MIXED = "merge:2,mux:4,mux:8"  # what has no partner merges, beside composites i
 EXIT = "mux:2,exit"
 STOPS = "exit@3,mux:2@2,mux:4@3,mux:8"  # in one step: rows leave after every layer
 MERGED_STOPS = "merge:2@2,merge:3+mux:2@3"
-ALL = f"{MUX},{MERGE},{BOTH},{STOPS.removesuffix(',mux:8')},{MERGED_STOPS},exit"
+ALL = f"exit@2,{MUX},{MERGE},{BOTH},{STOPS.removesuffix(',mux:8')},{MERGED_STOPS},exit"
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "bert", "roberta"]
 
@@ -89,9 +90,11 @@ def test_float32(
     plain_vllm: Callable[[Path], PlainEngine],
 ) -> None:
     folder = make_tiny_checkpoint(tmp_path, family=family, rungs=ALL)
-    engine, reference = make_engine(folder), reference_of(folder)
+    promised = Promised(folder)
+    engine, reference = make_engine(folder, **UNDER_CONTRACT), reference_of(folder)
     for kind in (MUX, BOTH, MIXED, EXIT, STOPS, MERGED_STOPS):
         check(engine, reference, kind)
+    check_contract(engine, promised)
     # Alone: the same weights in vLLM's own classifier, the same batches.
     engine.planner.policy = ByCrowd(())
     plain = plain_vllm(folder.parent / "backbone")
@@ -105,6 +108,7 @@ def test_float32(
         # Upper rows padded as for CUDA graphs, with NaN in them: nobody may notice.
         engine.llm.apply_model(pad_upper_rows)
         check(engine, reference, MIXED)
+        check_contract(engine, promised)
 
 
 def pad_upper_rows(model: Any) -> None:
@@ -120,9 +124,11 @@ def pad_upper_rows(model: Any) -> None:
 )
 def test_compiled(family: str, tmp_path: Path, make_engine: Callable[..., RecordingEngine]) -> None:
     folder = make_tiny_checkpoint(tmp_path, family=family, rungs=ALL)
-    engine, reference = make_engine(folder, enforce_eager=False), reference_of(folder)
+    promised, reference = Promised(folder), reference_of(folder)
+    engine = make_engine(folder, enforce_eager=False, **UNDER_CONTRACT)
     for kind in (MUX, BOTH, MIXED, EXIT, STOPS, MERGED_STOPS):
         check(engine, reference, kind)
+    check_contract(engine, promised)
 
 
 @pytest.mark.parametrize(
@@ -141,17 +147,21 @@ def test_label_words(
     )
     own_head = "lm_head.weight" in load_file(folder / "model.safetensors")
     assert own_head is (family in ("llama", "t5-v1.1")), "both kinds of LM head are to be tested"
-    engine, reference = make_engine(folder), reference_of(folder)
+    promised, reference = Promised(folder), reference_of(folder)
+    engine = make_engine(folder, **UNDER_CONTRACT)
     for kind in (BOTH, MIXED, EXIT, STOPS, ""):
         check(engine, reference, kind)
+    check_contract(engine, promised)
 
 
 def test_one_label(tmp_path: Path, make_engine: Callable[..., RecordingEngine]) -> None:
     """A cross-encoder's answer is the sigmoid of its logit."""
     folder = make_tiny_checkpoint(tmp_path, family="bert", num_labels=1, rungs=ALL)
-    engine, both_classes = make_engine(folder), reference_of(folder)
+    promised, both_classes = Promised(folder), reference_of(folder)
+    engine = make_engine(folder, **UNDER_CONTRACT)
     for kind in (MUX, MIXED, EXIT):
         check(engine, lambda *args: both_classes(*args)[:, 1:], kind)
+    check_contract(engine, promised, lambda logits: logits.softmax(-1)[:, 1:])
 
 
 def test_a_bundled_backbone_in_shards(
@@ -213,9 +223,11 @@ def test_tensor_parallel(
     cores = sorted(os.sched_getaffinity(0))
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{cores[0]}|{cores[-1]}")
     folder = make_tiny_checkpoint(tmp_path, family=family, hidden_size=128, rungs=ALL)
-    engine, reference = make_engine(folder, tensor_parallel_size=2), reference_of(folder)
+    promised, reference = Promised(folder), reference_of(folder)
+    engine = make_engine(folder, tensor_parallel_size=2, **UNDER_CONTRACT)
     for kind in (MUX, BOTH):  # partial sums of two workers round elsewhere
         check(engine, reference, kind, 2 * FLOAT32_TOLERANCE)
+    check_contract(engine, promised, tolerance=2 * FLOAT32_TOLERANCE)
 
 
 @pytest.mark.parametrize("adapter_type", ["ora", "vanilla"])

@@ -132,7 +132,7 @@ def test_the_command(train: Train, tmp_path: Path) -> None:
     result = revmux(f"calibrate {out} --data {rows} --agreement 0.7 --json")
     assert result.exit_code == 0, result.output
     (contract,) = checkpoint.read_contracts(out)
-    assert json.loads(result.stdout) == contract.to_dict()
+    assert json.loads(result.stdout) == json.loads(json.dumps(contract.to_dict()))
     assert [str(stop) for stop in contract.stops] == ["exit", "exit@2", "exit@3"]
     shown = revmux(f"calibrate {out} --data {rows} --agreement 0.7").stdout
     assert "leave there" in shown

@@ -28,9 +28,15 @@ from revmux_vllm import checkpoint
 from revmux_vllm.adapters.kinds import AdapterLadder
 from revmux_vllm.backbones.loading import label_tokens
 from revmux_vllm.config import RevMuxConfig
-from revmux_vllm.engine.attention import composite_attention_backend, enter_upper_layers
+from revmux_vllm.engine.attention import (
+    composite_attention_backend,
+    enter_upper_layers,
+    enter_with_fewer,
+)
 from revmux_vllm.engine.graphs import UpperGraphs
 from revmux_vllm.engine.layout import MuxLayout, make_layout
+from revmux_vllm.engine.leaving import Leaving
+from revmux_vllm.engine.model_config import served_options
 from revmux_vllm.engine.model_state import model_state_class
 from revmux_vllm.engine.stages import DEMULTIPLEX, LOWER, MULTIPLEX, UPPER, clock
 from revmux_vllm.engine.transfer import sent
@@ -92,6 +98,7 @@ class RevMuxForSequenceClassification(nn.Module, SupportsQuant, ABC):
             where it has no weights of its own.
         words_scale: see ``LabelWords``.
         reads_sequences: whether the layout is needed also where all run alone.
+        contract: by which busy steps let sequences leave; or None.
     """
 
     is_pooling_model: ClassVar[bool] = True
@@ -128,6 +135,7 @@ class RevMuxForSequenceClassification(nn.Module, SupportsQuant, ABC):
                     attention.attn_backend, first, self.ends, self.reads_sequences
                 )
             self.upper_layer_names[first] = [attention.layer_name for attention in attentions]
+        self.contract = served_options(vllm_config).contract
         most = vllm_config.compilation_config.max_cudagraph_capture_size or 0
         self.upper_graphs = UpperGraphs(most, self.hidden_size)
         here = torch.empty(0)
@@ -180,6 +188,10 @@ class RevMuxForSequenceClassification(nn.Module, SupportsQuant, ABC):
         )
         self.pooler = classify_pooler(vllm_config, self.score)
 
+    def answer(self, vectors: Tensor) -> Tensor:
+        """Vectors (M, D) that the head reads to logits (M, C), as ``pooler`` makes them."""
+        return self.score(vectors.to(self.score.weight.dtype))
+
     @abstractmethod
     def weight_names(self) -> WeightsMapper:
         """Names in the backbone's checkpoint to names here."""
@@ -221,14 +233,18 @@ class RevMuxForSequenceClassification(nn.Module, SupportsQuant, ABC):
         skip = self.skip_state(hidden, layout)  # (B, 2, D)
         read: list[Tensor | None] = [None] * len(layout.rungs)
         alone, mean_rows = hidden[:0], 0.0
+        left: dict[str, int] = {}
         if layout.num_rows:  # not where all exit
             rows = self.multiplex(hidden, layout)
             clock.mark(MULTIPLEX)
-            alone, mean_rows = self.run_upper(rows, layout, read)
+            if layout.rungs[0].rung.sure:
+                alone, mean_rows = self.run_until_sure(rows, layout, skip, read, left)
+            else:
+                alone, mean_rows = self.run_upper(rows, layout, read)
             clock.mark(UPPER)
         result = self.demultiplex(alone, read, skip, len(hidden), layout)
         clock.mark(DEMULTIPLEX)
-        clock.finish(layout.num_tokens, mean_rows)
+        clock.finish(layout.num_tokens, mean_rows, left)
         return result
 
     def set_token_type_ids(
@@ -268,6 +284,38 @@ class RevMuxForSequenceClassification(nn.Module, SupportsQuant, ABC):
                     read[place] = rows[rung_layout.read_at]
         return rows[: len(layout.alone)], row_layers / (self.num_layers - self.bounds[0])
 
+    def run_until_sure(
+        self,
+        rows: Tensor,
+        layout: Layout,
+        skip: Tensor,
+        read: list[Tensor | None],
+        left: dict[str, int],
+    ) -> tuple[Tensor, float]:
+        """``run_upper`` where sequences are under the contract: each leaves as soon as it is sure.
+
+        Args:
+            rows, layout, read: as there.
+            skip: (B, 2, D).
+            left: filled with how many left where.
+        """
+        assert self.contract is not None, "a step under a contract, and none was asked for"
+        leaving = Leaving(self.contract, self, layout, skip, rows)
+        row_layers, entered = 0, layout
+        for part, (first, last) in enumerate(pairwise(self.bounds)):
+            rows = leaving.at(first, rows)
+            if not leaving.layout.num_rows:
+                break
+            if leaving.layout is not entered:
+                names = self.upper_layer_names.get(first, [])
+                enter_with_fewer(names, leaving.layout, self.upper_graphs.padded_size)
+            rows = self.run_segment(part, rows, leaving.layout.positions, leaving.layout)
+            row_layers += len(rows) * (last - first)
+        alone = leaving.end(rows)
+        read[0] = leaving.vectors
+        left |= leaving.left
+        return alone, row_layers / (self.num_layers - self.bounds[0])
+
     def run_segment(
         self, part: int, rows: Tensor, positions: Tensor, layout: Layout | None
     ) -> Tensor:
@@ -296,6 +344,9 @@ class RevMuxForSequenceClassification(nn.Module, SupportsQuant, ABC):
         parts = [hidden[layout.alone]]
         converted = hidden.to(self.adapter_dtype)
         for part in layout.rungs:
+            if part.rung.sure:
+                parts.append(hidden[part.rows[:, 0]])
+                continue
             adapter, source = self.adapters[part.rung], converted
             if part.tokens is not None and part.merged is not None:
                 source = adapter.path.merge(converted[part.tokens], part.merged)
@@ -315,6 +366,10 @@ class RevMuxForSequenceClassification(nn.Module, SupportsQuant, ABC):
         result = skip.new_zeros(num_rows, skip.shape[-1], dtype=alone.dtype)
         result[layout.alone] = alone
         for part, rows in zip(layout.rungs, read, strict=True):
+            if part.rung.sure:  # its exits have read them
+                assert rows is not None
+                result[part.pooled_token] = rows
+                continue
             own = None if rows is None else rows.to(self.adapter_dtype)
             vectors = self.adapters[part.rung].read(own, part.stream, skip[part.sequence])
             result[part.pooled_token] = vectors.to(alone.dtype)

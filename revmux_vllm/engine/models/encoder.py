@@ -134,6 +134,10 @@ class RevMuxBertForSequenceClassification(RevMuxForSequenceClassification):
         )
         self.pooler = classify_pooler(vllm_config, self.classifier, self.first_token)
 
+    def answer(self, vectors: Tensor) -> Tensor:
+        states = vectors.to(self.first_token.dense.weight.dtype)
+        return self.classifier(self.first_token.act_fn(self.first_token.dense(states)))
+
     def set_token_type_ids(
         self, input_ids: Tensor, token_type_ids: Tensor | None, layout: Layout | None
     ) -> None:
@@ -165,3 +169,7 @@ class RevMuxRobertaForSequenceClassification(RevMuxBertForSequenceClassification
         """Set the head's modules, under the names of the backbone's checkpoint, and ``pooler``."""
         self.classifier = RobertaClassificationHead(vllm_config.model_config)
         self.pooler = classify_pooler(vllm_config, self.classifier)
+
+    def answer(self, vectors: Tensor) -> Tensor:
+        head: Any = self.classifier
+        return head(vectors.to(head.dense.weight.dtype))

@@ -1,0 +1,153 @@
+"""Sequences under an accuracy contract leave a step between two parts of the upper layers.
+
+Those that go on are packed tighter, so every part runs on fewer rows than the one before it. Index
+arithmetic, and the one look at the device that each stop costs; the layers are the model's.
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import Any, Generic
+
+import numpy as np
+import torch
+from torch import Tensor
+from vllm.distributed.parallel_state import get_tp_group
+
+from revmux_vllm.adapters.trust import trust
+from revmux_vllm.backbones.base import two_class_logits
+from revmux_vllm.engine.layout import A, MuxLayout
+from revmux_vllm.engine.transfer import sent
+from revmux_vllm.planning.contract import Contract
+from revmux_vllm.rungs import Ends, Rung
+
+
+@dataclass(frozen=True)
+class Kept(Generic[A]):
+    """What goes on of a layout.
+
+    Attributes:
+        rows: (U',) upper rows.
+        groups: (G',) sequences.
+        starts: (G' + 1,) int32, as ``MuxLayout.starts``.
+        read_at: (M',) row, among those that go on, at which each sequence under the contract is
+            read.
+        host_starts, host_groups: ``starts`` and ``groups`` as arrays.
+    """
+
+    rows: A
+    groups: A
+    starts: A
+    read_at: A
+    host_starts: np.ndarray = field(metadata={"host": True})
+    host_groups: np.ndarray = field(metadata={"host": True})
+
+
+def keep(starts: np.ndarray, stays: np.ndarray, num_alone: int, ends: Ends) -> Kept[np.ndarray]:
+    """What goes on where some sequences leave.
+
+    Args:
+        starts: (G + 1,) first upper row of every sequence, and the number of rows.
+        stays: (G,) bool; True for the first ``num_alone``, which run alone.
+        num_alone: sequences that no contract is about.
+        ends: which token speaks for a sequence.
+    """
+    groups = np.flatnonzero(stays)
+    lengths = np.diff(starts)
+    rows = np.flatnonzero(np.repeat(stays, lengths))
+    kept = np.concatenate([[0], np.cumsum(lengths[groups])]).astype(np.int32)
+    speaks = kept[:-1] if ends.pools_first else kept[1:] - 1
+    return Kept(rows, groups, kept, speaks[num_alone:].astype(np.int64), kept, groups)
+
+
+def narrowed(layout: MuxLayout[Tensor], kept: Kept[Tensor]) -> MuxLayout[Tensor]:
+    """The layout of what goes on, as attention metadata want it; its ``rungs`` are the step's."""
+    return replace(
+        layout,
+        positions=layout.positions[kept.rows],
+        places=layout.places[kept.rows],
+        carriers=layout.carriers[kept.groups],
+        carrier_rows=layout.carrier_rows[kept.rows],
+        starts=kept.starts,
+        lengths=layout.lengths[kept.groups],
+        host_starts=kept.host_starts,
+        host_stops=layout.host_stops[kept.host_groups],
+    )
+
+
+class Leaving:
+    """The sequences of one step that are under a contract, from stop to stop.
+
+    Args:
+        contract: which.
+        model: whose exits and head answer; see ``RevMuxForSequenceClassification``.
+        layout: of the step: sequences alone, and those under the contract behind them.
+        skip: (B, 2, D), see ``skip_state``.
+        like: rows (U, D), for the dtype of the vectors.
+
+    Attributes:
+        layout: of what goes on.
+        vectors: (M, D) of those that have left.
+        left: how many left where.
+    """
+
+    def __init__(
+        self,
+        contract: Contract,
+        model: Any,
+        layout: MuxLayout[Tensor],
+        skip: Tensor,
+        like: Tensor,
+    ) -> None:
+        (part,) = layout.rungs
+        self.contract, self.model, self.layout = contract, model, layout
+        self.places = {
+            stop.stop or model.bounds[0]: place for place, stop in enumerate(contract.stops)
+        }
+        assert part.read_at is not None
+        self.read_at = part.read_at
+        self.going = torch.arange(len(part.sequence), device=like.device)
+        self.skip = skip[part.sequence]
+        self.said: list[Tensor] = []  # (M', C) at every stop so far
+        self.vectors = like.new_zeros(len(self.going), like.shape[-1])
+        self.left: dict[str, int] = {}
+        self.num_alone = len(layout.host_starts) - 1 - len(self.going)
+
+    def at(self, layer: int, rows: Tensor) -> Tensor:
+        """Let those go that are sure enough after ``layer``; the rows (U', D) of the others."""
+        place = self.places.get(layer)
+        if place is None or not len(self.going):
+            return rows
+        stop, least = self.contract.stops[place], self.contract.thresholds[place]
+        read = None if stop.exit else rows[self.read_at].to(self.skip.dtype)
+        vectors = self.model.adapters[stop].read(read, self.going * 0, self.skip)
+        logits = two_class_logits(self.model.answer(vectors)).float()
+        self.said.append(logits)
+        if least is None:
+            return rows
+        weights = logits.new_tensor(self.contract.weights[place])
+        bias = logits.new_tensor(self.contract.biases[place])
+        sure = trust(torch.stack(self.said, dim=1), weights, bias) >= least
+        return self._let_go(stop, sure, vectors.to(self.vectors.dtype), rows)
+
+    def _let_go(self, stop: Rung, sure: Tensor, vectors: Tensor, rows: Tensor) -> Tensor:
+        group = get_tp_group()
+        if group.world_size > 1:  # ranks that differed in one would wait for one another for ever
+            sure = group.broadcast(sure.int(), src=0).bool()
+        leaves = sure.cpu().numpy()
+        if not leaves.any():
+            return rows
+        self.left[str(stop)] = int(leaves.sum())
+        self.vectors[self.going[sure]] = vectors[sure]
+        stays = np.concatenate([np.ones(self.num_alone, bool), ~leaves])
+        made = keep(self.layout.host_starts, stays, self.num_alone, self.model.ends)
+        kept: Kept[Tensor] = sent(made, rows.device)
+        self.layout, self.read_at = narrowed(self.layout, kept), kept.read_at
+        self.going, self.skip = self.going[~sure], self.skip[~sure]
+        self.said = [logits[~sure] for logits in self.said]
+        return rows[kept.rows]
+
+    def end(self, rows: Tensor) -> Tensor:
+        """Those that were never sure are read off the final states; the rows of those alone."""
+        if len(self.going):
+            self.left[str(Rung())] = len(self.going)
+            self.vectors[self.going] = rows[self.read_at]
+        return rows[: len(self.layout.alone)]
