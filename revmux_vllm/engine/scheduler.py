@@ -141,7 +141,12 @@ class RevMuxScheduler(Scheduler):
             self._learn(times, seconds, scheduler_output.has_chunks)
         elif scheduler_output.total_num_scheduled_tokens and not self.planner.costs.known:
             self._miss_times()
-        return super().update_from_output(scheduler_output, model_runner_output, *args, **kwargs)
+        answered = super().update_from_output(
+            scheduler_output, model_runner_output, *args, **kwargs
+        )
+        if not self.waiting and not self.running:
+            self.planner.rest(time.monotonic())
+        return answered
 
     def _learn(self, times: Sequence[StepTimes], seconds: float, has_chunks: bool) -> None:
         """What passes cost, the last of which was the step's, and how long the step took."""

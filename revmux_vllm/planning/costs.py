@@ -110,6 +110,10 @@ class ArrivalRate:
         """So many arrived."""
         self._tokens += tokens
 
+    def forget(self, now: float) -> None:
+        """What came before does not count any more, but for those that have just arrived."""
+        self.tokens_per_s, self._since = 0.0, now
+
     def update(self, now: float) -> float:
         """The rate at ``now``, seconds on the clock of the constructor's."""
         elapsed = now - self._since

@@ -24,6 +24,8 @@ from revmux_vllm.planning.packing import MuxPlan, fallbacks, first_of, pack_rung
 from revmux_vllm.planning.policy import Fixed, Policy, make_policy
 from revmux_vllm.rungs import Rung
 
+IDLE_S = 0.1
+"""An engine that had nothing to do for so long has no load, whatever came before."""
 RATE_HORIZONS = 5
 """The rate of arrivals is an average over so many horizons, so that a burst is no rate."""
 
@@ -113,6 +115,7 @@ class StepPlanner:
         self.counts: Counts = Counter()
         self._chose_at_s = now_s
         self._lingering_since_s: float | None = None
+        self._idle_since_s: float | None = None
 
     def fix(self, rungs: tuple[Rung, ...]) -> None:
         """Answer at these rungs from now on, all of one way; none is the backbone alone."""
@@ -122,6 +125,10 @@ class StepPlanner:
     def window(self) -> int:
         """Most waiting requests to show to ``choose``, the longest waiting ones."""
         return self.policy.window
+
+    def rest(self, now_s: float) -> None:
+        """Everything that came is answered."""
+        self._idle_since_s = now_s
 
     def left(self, counts: Mapping[str, int]) -> None:
         """So many requests under the contract left at each exit, or went to the end."""
@@ -146,6 +153,10 @@ class StepPlanner:
             free_requests: sequences that the engine has room for now.
             now_s: the time.
         """
+        if window and self._idle_since_s is not None:
+            if now_s - self._idle_since_s > IDLE_S:
+                self.arrivals.forget(now_s)
+            self._idle_since_s = None
         rungs = self.policy.rungs(self._backlog(window, num_waiting, now_s))
         if self._lingers(window, rungs, now_s):
             if self._lingering_since_s is None:

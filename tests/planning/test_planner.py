@@ -392,6 +392,23 @@ def test_nobody_shares_with_one_who_is_isolated() -> None:
     assert of.counts["fallbacks", "isolation"] == 3
 
 
+def test_an_idle_engine_answers_exactly_whatever_came_a_moment_ago() -> None:
+    busy = planner(target_ms=100)
+    burst = [Waiting(str(i), 50) for i in range(400)]
+    for request in burst:
+        busy.arrive(request.num_tokens)
+    assert choose(busy, burst, 1.0).rungs
+    one = [Waiting("one", 50)]
+    busy.arrive(50)
+    assert choose(busy, one, 1.2).rungs, "the rate of arrivals is remembered under load"
+    busy.rest(1.3)
+    busy.arrive(50)
+    assert choose(busy, one, 1.35).rungs, "a gap between two steps is no rest"
+    busy.rest(1.4)
+    busy.arrive(50)
+    assert not choose(busy, one, 1.55).rungs
+
+
 def test_no_room_is_an_empty_step() -> None:
     of = planner(policy="fixed:4")
     step = of.choose([Waiting("0", 9)], num_waiting=1, free_requests=0, now_s=1.0)
