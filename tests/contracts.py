@@ -16,7 +16,9 @@ from revmux_vllm.rungs import Rung
 from revmux_vllm.training.contract import Seen, stops_of, walk
 
 AGREEMENT = 0.9
-UNDER_CONTRACT: dict[str, Any] = {"additional_config": {"revmux": {"agreement": AGREEMENT}}}
+UNDER_CONTRACT: dict[str, Any] = {
+    "additional_config": {"revmux": {"agreement": AGREEMENT, "shadow_rate": 0}}
+}
 CLOSE = 1e-3
 """Nearer to a threshold than this, rounding may decide."""
 
@@ -105,3 +107,23 @@ def check_contract(
             assert counted == places_left
         places |= set(left.place[~exact].tolist())
     assert places == set(range(len(promised.stops) + 1)), "rows no longer leave everywhere"
+
+
+def check_shadows(engine: RecordingEngine, promised: Promised) -> None:
+    """All are shadows: answered exactly, and compared with where they would have left."""
+    engine.planner.fix((Rung(sure=True),))
+    prompts = random_prompts(2, 64)
+    engine.planner.counts.clear()
+    probs, _, _ = engine.answers(prompts)
+    seen = promised.seen(prompts)
+    torch.testing.assert_close(probs, seen.own.softmax(-1), rtol=0, atol=1e-4)
+    left = walk(promised.contract, seen)
+    stayed = left.place == len(promised.stops)
+    same = left.answers.argmax(-1) == seen.own.argmax(-1)
+    counts = engine.planner.counts
+    near = int(promised.close(seen).sum())
+    assert abs(counts["shadow", "same"] - int((same & ~stayed).sum())) <= near
+    assert abs(counts["shadow", "other"] - int((~same & ~stayed).sum())) <= near
+    assert counts["shadow", "other"] > 3, "or it could not be told from never comparing"
+    assert counts["requests", "alone"] == 64
+    assert abs(counts["contract", "alone"] - int(stayed.sum())) <= near

@@ -19,6 +19,8 @@ from revmux_vllm.engine.transfer import sent
 from revmux_vllm.planning.contract import Contract
 from revmux_vllm.rungs import Ends, Rung
 
+NOWHERE, NO_SHADOW = -1, -2
+
 
 @dataclass(frozen=True)
 class Kept(Generic[A]):
@@ -30,6 +32,7 @@ class Kept(Generic[A]):
         starts: (G' + 1,) int32, as ``MuxLayout.starts``.
         read_at: (M',) row, among those that go on, at which each sequence under the contract is
             read.
+        stay, leave: (M',) and (L,) which of the sequences under the contract do.
         host_starts, host_groups: ``starts`` and ``groups`` as arrays.
     """
 
@@ -37,25 +40,31 @@ class Kept(Generic[A]):
     groups: A
     starts: A
     read_at: A
+    stay: A
+    leave: A
     host_starts: np.ndarray = field(metadata={"host": True})
     host_groups: np.ndarray = field(metadata={"host": True})
 
 
-def keep(starts: np.ndarray, stays: np.ndarray, num_alone: int, ends: Ends) -> Kept[np.ndarray]:
+def keep(starts: np.ndarray, leaves: np.ndarray, ends: Ends) -> Kept[np.ndarray]:
     """What goes on where some sequences leave.
 
     Args:
-        starts: (G + 1,) first upper row of every sequence, and the number of rows.
-        stays: (G,) bool; True for the first ``num_alone``, which run alone.
-        num_alone: sequences that no contract is about.
+        starts: (G + 1,) first upper row of every sequence, and the number of rows. The sequences
+            under the contract are the last ones.
+        leaves: (M,) bool, of these.
         ends: which token speaks for a sequence.
     """
+    num_alone = len(starts) - 1 - len(leaves)
+    stays = np.concatenate([np.ones(num_alone, bool), ~leaves])
     groups = np.flatnonzero(stays)
     lengths = np.diff(starts)
     rows = np.flatnonzero(np.repeat(stays, lengths))
     kept = np.concatenate([[0], np.cumsum(lengths[groups])]).astype(np.int32)
     speaks = kept[:-1] if ends.pools_first else kept[1:] - 1
-    return Kept(rows, groups, kept, speaks[num_alone:].astype(np.int64), kept, groups)
+    read_at = speaks[num_alone:].astype(np.int64)
+    stay, leave = np.flatnonzero(~leaves), np.flatnonzero(leaves)
+    return Kept(rows, groups, kept, read_at, stay, leave, kept, groups)
 
 
 def narrowed(layout: MuxLayout[Tensor], kept: Kept[Tensor]) -> MuxLayout[Tensor]:
@@ -82,11 +91,13 @@ class Leaving:
         layout: of the step: sequences alone, and those under the contract behind them.
         skip: (B, 2, D), see ``skip_state``.
         like: rows (U, D), for the dtype of the vectors.
+        chosen: (M,) bool, shadows: they go to the end all the same, and are compared there.
 
     Attributes:
         layout: of what goes on.
         vectors: (M, D) of those that have left.
         left: how many left where.
+        shadows: see ``StepTimes``.
     """
 
     def __init__(
@@ -96,6 +107,7 @@ class Leaving:
         layout: MuxLayout[Tensor],
         skip: Tensor,
         like: Tensor,
+        chosen: np.ndarray,
     ) -> None:
         (part,) = layout.rungs
         self.contract, self.model, self.layout = contract, model, layout
@@ -109,7 +121,13 @@ class Leaving:
         self.said: list[Tensor] = []  # (M', C) at every stop so far
         self.vectors = like.new_zeros(len(self.going), like.shape[-1])
         self.left: dict[str, int] = {}
-        self.num_alone = len(layout.host_starts) - 1 - len(self.going)
+        self.shadows: dict[tuple[str, str], int] = {}
+        # (M',) the stop where each shadow would have left: NOWHERE yet, or it is no shadow; and its
+        # class there.
+        is_shadow = torch.from_numpy(chosen).to(like.device)
+        self.would_leave = torch.where(is_shadow, NOWHERE, NO_SHADOW)
+        self.would_say = torch.full_like(self.would_leave, NOWHERE)
+        self.has_shadows = bool(chosen.any())
 
     def at(self, layer: int, rows: Tensor) -> Tensor:
         """Let those go that are sure enough after ``layer``; the rows (U', D) of the others."""
@@ -126,23 +144,28 @@ class Leaving:
         weights = logits.new_tensor(self.contract.weights[place])
         bias = logits.new_tensor(self.contract.biases[place])
         sure = trust(torch.stack(self.said, dim=1), weights, bias) >= least
-        return self._let_go(stop, sure, vectors.to(self.vectors.dtype), rows)
-
-    def _let_go(self, stop: Rung, sure: Tensor, vectors: Tensor, rows: Tensor) -> Tensor:
         group = get_tp_group()
         if group.world_size > 1:  # ranks that differed in one would wait for one another for ever
             sure = group.broadcast(sure.int(), src=0).bool()
-        leaves = sure.cpu().numpy()
+        if self.has_shadows:
+            now = sure & (self.would_leave == NOWHERE)
+            self.would_leave = torch.where(now, place, self.would_leave)
+            self.would_say = torch.where(now, logits.argmax(-1), self.would_say)
+            sure = sure & (self.would_leave == NO_SHADOW)
+        return self._let_go(stop, sure.cpu().numpy(), vectors.to(self.vectors.dtype), rows)
+
+    def _let_go(self, stop: Rung, leaves: np.ndarray, vectors: Tensor, rows: Tensor) -> Tensor:
         if not leaves.any():
             return rows
         self.left[str(stop)] = int(leaves.sum())
-        self.vectors[self.going[sure]] = vectors[sure]
-        stays = np.concatenate([np.ones(self.num_alone, bool), ~leaves])
-        made = keep(self.layout.host_starts, stays, self.num_alone, self.model.ends)
+        made = keep(self.layout.host_starts, leaves, self.model.ends)
         kept: Kept[Tensor] = sent(made, rows.device)
+        self.vectors[self.going[kept.leave]] = vectors[kept.leave]
         self.layout, self.read_at = narrowed(self.layout, kept), kept.read_at
-        self.going, self.skip = self.going[~sure], self.skip[~sure]
-        self.said = [logits[~sure] for logits in self.said]
+        self.going, self.skip = self.going[kept.stay], self.skip[kept.stay]
+        self.would_leave = self.would_leave[kept.stay]
+        self.would_say = self.would_say[kept.stay]
+        self.said = [logits[kept.stay] for logits in self.said]
         return rows[kept.rows]
 
     def end(self, rows: Tensor) -> Tensor:
@@ -150,4 +173,15 @@ class Leaving:
         if len(self.going):
             self.left[str(Rung())] = len(self.going)
             self.vectors[self.going] = rows[self.read_at]
+            if self.has_shadows:
+                self._compare_shadows(rows[self.read_at])
         return rows[: len(self.layout.alone)]
+
+    def _compare_shadows(self, finals: Tensor) -> None:
+        """What those who stayed as a sample would have said, and what they say now."""
+        said = two_class_logits(self.model.answer(finals)).argmax(-1)
+        table = torch.stack([self.would_leave, (said == self.would_say).long()]).cpu()
+        for place, same in table.T.tolist():
+            if place >= 0:
+                key = str(self.contract.stops[place]), "same" if same else "other"
+                self.shadows[key] = self.shadows.get(key, 0) + 1

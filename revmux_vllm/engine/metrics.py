@@ -23,6 +23,7 @@ from vllm.v1.metrics.stats import IterationStats, SchedulerStats
 
 from revmux_vllm.engine.stages import STAGES
 from revmux_vllm.planning.planner import Counts
+from revmux_vllm.planning.watching import interval
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -62,6 +63,18 @@ def _counters(by: list[str]) -> dict[str, prometheus.Counter]:
             "revmux:composites",
             "Sequences that the upper layers ran on, by rung: a composite is one.",
             [*by, "rung"],
+        ),
+        "contract": prometheus.Counter(
+            "revmux:contract_requests",
+            "Requests answered under the accuracy contract, by where they were sure; alone is the "
+            "end.",
+            [*by, "left"],
+        ),
+        "shadow": prometheus.Counter(
+            "revmux:shadow_requests",
+            "Requests under the accuracy contract that ran to the end as a sample: whether the "
+            "contract's answer would have been the same one, or another.",
+            [*by, "answer"],
         ),
         "fallbacks": prometheus.Counter(
             "revmux:fallbacks",
@@ -103,6 +116,20 @@ class _Metrics:
             [*by, "at"],
             multiprocess_mode="mostrecent",
         )
+        self.agreement = prometheus.Gauge(
+            "revmux:contract_agreement",
+            "Live agreement of the accuracy contract by its shadow requests: estimate, and the low "
+            "and high end of its interval of confidence 0.95.",
+            [*by, "bound"],
+            multiprocess_mode="mostrecent",
+        )
+        self.drift = prometheus.Gauge(
+            "revmux:contract_drift",
+            "How far the last requests under the contract left from where its calibration's rows "
+            "did; from 1 on the promise may not hold.",
+            by,
+            multiprocess_mode="mostrecent",
+        )
         self.step_seconds = prometheus.Histogram(
             "revmux:step_seconds",
             "Time of a step by stage: plan, lower, multiplex, upper, demultiplex, and the whole "
@@ -132,6 +159,7 @@ class RevMuxStatLogger(StatLoggerBase):
             "engine": str(engine_index),
         }
         self.since_log: Counts = Counter()
+        self.shadows: Counter[str] = Counter()
         self.sees_every_step = vllm_config.parallel_config._api_process_count == 1
         self.is_ours = hasattr(vllm_config.model_config.hf_config, "revmux")
         if self.is_ours and not RevMuxStatLogger._metrics:
@@ -183,13 +211,26 @@ class RevMuxStatLogger(StatLoggerBase):
                 continue
             by = (*self.labels.values(), label) if label else self.labels.values()
             self._metrics.counters[kind].labels(*by).inc(n)
+            if kind == "shadow":
+                self._record_shadows(label, n)
 
     def _set(self, what: str, tokens: int) -> None:
         assert self._metrics is not None
         if what == "waiting":
             self._metrics.waiting_tokens.labels(**self.labels).set(tokens)
+        elif what == "drift":
+            self._metrics.drift.labels(**self.labels).set(tokens / 100)
         else:
             self._metrics.capacity.labels(at=what, **self.labels).set(tokens)
+
+    def _record_shadows(self, answer: str, n: int) -> None:
+        assert self._metrics is not None
+        self.shadows[answer] += n
+        count = self.shadows.total()
+        low, high = interval(self.shadows["same"], count)
+        bounds = {"estimate": self.shadows["same"] / count, "low": low, "high": high}
+        for bound, value in bounds.items():
+            self._metrics.agreement.labels(bound=bound, **self.labels).set(value)
 
     def _record_time(self, stage: str, seconds: float) -> None:
         assert self._metrics is not None

@@ -157,7 +157,13 @@ class RevMuxScheduler(Scheduler):
                 one.tokens, one.rows, one.seconds[LOWER], one.seconds.get(UPPER, 0.0)
             )
         costs.observe_overhead(seconds - last.seconds[LOWER] - last.seconds.get(UPPER, 0.0))
-        self.planner.left(last.left)
+        if self.planner.left(last.left, last.shadows):
+            logger.warning(
+                "RevMUX: requests leave elsewhere than the rows that the accuracy contract was "
+                "calibrated on (drift %.1f, from 1 on), so the promise may not hold for them. "
+                "Calibrate on texts of today: revmux calibrate; see revmux:contract_agreement.",
+                self.planner.drift.degree if self.planner.drift else 0,
+            )
         for stage, stage_s in {**last.seconds, "step": seconds}.items():
             self._count_us(stage, stage_s)
         alone_s = seconds if has_chunks else costs.seconds(last.tokens, last.tokens)
@@ -189,6 +195,8 @@ class RevMuxScheduler(Scheduler):
         waiting = sum(request.num_tokens for request in self.waiting)
         waiting += sum(r.num_tokens - r.num_computed_tokens for r in self.running)
         now = {"waiting": float(waiting), **self.planner.capacity()}
+        if self.planner.drift is not None:
+            now["drift"] = 100 * self.planner.drift.degree
         return {("now", key): round(tokens) for key, tokens in now.items()}
 
     def _count_us(self, stage: str, seconds: float) -> None:

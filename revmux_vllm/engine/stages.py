@@ -26,12 +26,15 @@ class StepTimes:
         rows: of an upper one, on average: some stop earlier than others.
         seconds: by stage.
         left: how many requests under an accuracy contract left where, by rung.
+        shadows: of those that ran to the end all the same: where they would have left, by rung, and
+            whether with the same answer, ``same`` or ``other``.
     """
 
     tokens: int
     rows: float
     seconds: dict[str, float]
     left: dict[str, int] = field(default_factory=dict)
+    shadows: dict[tuple[str, str], int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class MarkedPass:
     """A forward pass as it was marked: on a GPU perhaps not over yet.
 
     Attributes:
-        tokens, rows, left: as of ``StepTimes``.
+        tokens, rows, left, shadows: as of ``StepTimes``.
         marks: name of the stage that ended, and when: seconds, or an event of the device's.
     """
 
@@ -47,12 +50,13 @@ class MarkedPass:
     rows: float
     marks: list[tuple[str, Any]]
     left: dict[str, int]
+    shadows: dict[tuple[str, str], int]
 
     def times(self) -> StepTimes:
         """Its times; on a GPU this waits for the pass."""
         pairs = itertools.pairwise(self.marks)
         seconds = {stage: _between(before, at) for (_, before), (stage, at) in pairs}
-        return StepTimes(self.tokens, self.rows, seconds, self.left)
+        return StepTimes(self.tokens, self.rows, seconds, self.left, self.shadows)
 
 
 class StageClock:
@@ -72,9 +76,15 @@ class StageClock:
         """``stage`` has ended."""
         self._marks.append((stage, self._now()))
 
-    def finish(self, tokens: int, rows: float, left: dict[str, int] | None = None) -> None:
+    def finish(
+        self,
+        tokens: int,
+        rows: float,
+        left: dict[str, int] | None = None,
+        shadows: dict[tuple[str, str], int] | None = None,
+    ) -> None:
         """The pass has ended."""
-        self._finished.append(MarkedPass(tokens, rows, self._marks, left or {}))
+        self._finished.append(MarkedPass(tokens, rows, self._marks, left or {}, shadows or {}))
 
     def take(self) -> list[MarkedPass]:
         """The passes since the last call."""

@@ -37,6 +37,8 @@ class Options:
         agreement: busy, answer by the checkpoint's accuracy contract: at least this share of the
             answers is the backbone's. Then no rung is used but those named in ``rungs``, and these
             only beyond what the contract can carry.
+        shadow_rate: share of the requests under the contract that run to the end all the same: they
+            are answered exactly, and say how often the contract's answer would have been the same.
         probability, per_class: the contract's further terms; see ``Contract``.
         choice: what became of the rungs and why; not an option.
         contract: of these terms, where the checkpoint was asked; not an option.
@@ -54,6 +56,7 @@ class Options:
     agreement: float | None = None
     probability: float | None = None
     per_class: bool = False
+    shadow_rate: float = 0.01
     choice: Choice = Choice(())  # noqa: RUF009  frozen
     contract: Contract | None = None
 
@@ -141,9 +144,14 @@ def _check_terms(given: dict[str, Any]) -> None:
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if not number or not 0 < value <= 1 or (key == "agreement" and value == 1):
             raise UserError(f"`{key}`", expected=f"a share above 0, {most}", found=value)
+    rate = given.get("shadow_rate", 0)
+    if not isinstance(rate, int | float) or isinstance(rate, bool) or not 0 <= rate <= 1:
+        raise UserError("`shadow_rate`", expected="a share, 0 to 1", found=rate)
     if not isinstance(given.get("per_class", False), bool):
         raise UserError("`per_class`", expected="true or false", found=given["per_class"])
-    if "agreement" not in given and (more := {"probability", "per_class"} & set(given)):
+    if "agreement" not in given and (
+        more := {"probability", "per_class", "shadow_rate"} & set(given)
+    ):
         problem = "a term of an accuracy contract"
         raise UserError(f"`{min(more)}`", problem, cure="give an agreement too")
 

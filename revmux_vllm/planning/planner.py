@@ -22,6 +22,7 @@ from revmux_vllm.planning.costs import ArrivalRate, Backlog, Budgets, LayerCosts
 from revmux_vllm.planning.options import Options
 from revmux_vllm.planning.packing import MuxPlan, fallbacks, first_of, pack_rungs
 from revmux_vllm.planning.policy import Fixed, Policy, make_policy
+from revmux_vllm.planning.watching import Drift
 from revmux_vllm.rungs import Rung
 
 IDLE_S = 0.1
@@ -95,6 +96,7 @@ class StepPlanner:
     Attributes:
         policy: which rungs a step may use; may be replaced between two steps.
         counts: what was planned since they were last taken, and cleared, by whoever reports them.
+        drift: of the traffic from what the contract was calibrated for; None without one.
     """
 
     def __init__(
@@ -114,6 +116,7 @@ class StepPlanner:
         self.arrivals = ArrivalRate(RATE_HORIZONS * options.target_ms / 1000, now_s)
         self.counts: Counts = Counter()
         self._chose_at_s = now_s
+        self.drift = None if options.contract is None else Drift(options.contract)
         self._lingering_since_s: float | None = None
         self._idle_since_s: float | None = None
 
@@ -130,12 +133,30 @@ class StepPlanner:
         """Everything that came is answered."""
         self._idle_since_s = now_s
 
-    def left(self, counts: Mapping[str, int]) -> None:
-        """So many requests under the contract left at each exit, or went to the end."""
+    def left(
+        self, counts: Mapping[str, int], shadows: Mapping[tuple[str, str], int] | None = None
+    ) -> bool:
+        """So many requests under the contract left at each exit, or went to the end.
+
+        Args:
+            counts: by rung.
+            shadows: of those that went to the end as a sample, by the rung where they would have
+                left and by ``same`` or ``other``, their answer there.
+
+        Returns:
+            Whether the traffic is not any more, since now, what the contract was calibrated for.
+        """
+        would = Counter(counts)
+        for (rung, outcome), number in (shadows or {}).items():
+            self.counts["shadow", outcome] += number
+            would[rung] += number
+            would[str(Rung())] -= number
         for rung, number in counts.items():
             self.counts["requests", rung] += number
             self.counts["composites", rung] += number
+        for rung, number in would.items():
             self.counts["contract", rung] += number
+        return self.drift is not None and bool(counts) and self.drift.observe(would)
 
     def arrive(self, num_tokens: int) -> None:
         """A request came."""

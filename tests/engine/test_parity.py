@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ByCrowd, RecordingEngine, make_tiny_checkpoint, random_prompts
-from contracts import UNDER_CONTRACT, Promised, check_contract
+from contracts import UNDER_CONTRACT, Promised, check_contract, check_shadows
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 from word_tokenizers import word_tokenizer
@@ -109,6 +109,13 @@ def test_float32(
         engine.llm.apply_model(pad_upper_rows)
         check(engine, reference, MIXED)
         check_contract(engine, promised)
+    engine.llm.apply_model(shadow_everything)
+    check_shadows(engine, promised)
+
+
+def shadow_everything(model: Any) -> None:
+    """In the worker."""
+    model.shadow_rate = 1.0
 
 
 def pad_upper_rows(model: Any) -> None:

@@ -21,7 +21,8 @@ CONFIG = RevMuxConfig(parse_rungs(["mux:2", "mux:4", "merge:2", "exit"]), prefil
         (
             {"linger": 3},
             "unknown key linger; known are adapter_dtype, agreement, isolate, linger_ms, "
-            "max_width, min_agreement, min_width, per_class, policy, probability, rungs, target_ms",
+            "max_width, min_agreement, min_width, per_class, policy, probability, rungs, "
+            "shadow_rate, target_ms",
         ),
         ({"max_width": 3}, r"max_width: expected one of \[1, 2, 4\], found 3"),
         ({"max_width": True}, r"max_width: expected one of \[1, 2, 4\], found True"),
@@ -43,6 +44,7 @@ CONFIG = RevMuxConfig(parse_rungs(["mux:2", "mux:4", "merge:2", "exit"]), prefil
         ),
         ({"rungs": ["x"]}, "rungs: rung 'x': expected exit, mux:N"),
         ({"rungs": "mux:2"}, "rungs: expected a list, found 'mux:2'"),
+        ({"agreement": 0.9, "shadow_rate": 2}, "shadow_rate: expected a share, 0 to 1, found 2"),
         ({"rungs": ["contract"]}, "rung contract: it is calibrated, not trained"),
         ({"agreement": 1}, "agreement: expected a share above 0, below 1, found 1"),
         ({"agreement": "99 %"}, "agreement: expected a share above 0, below 1, found '99 %'"),

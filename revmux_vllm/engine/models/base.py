@@ -135,7 +135,9 @@ class RevMuxForSequenceClassification(nn.Module, SupportsQuant, ABC):
                     attention.attn_backend, first, self.ends, self.reads_sequences
                 )
             self.upper_layer_names[first] = [attention.layer_name for attention in attentions]
-        self.contract = served_options(vllm_config).contract
+        options = served_options(vllm_config)
+        self.contract, self.shadow_rate = options.contract, options.shadow_rate
+        self.shadow_draws = np.random.default_rng(0)
         most = vllm_config.compilation_config.max_cudagraph_capture_size or 0
         self.upper_graphs = UpperGraphs(most, self.hidden_size)
         here = torch.empty(0)
@@ -233,18 +235,21 @@ class RevMuxForSequenceClassification(nn.Module, SupportsQuant, ABC):
         skip = self.skip_state(hidden, layout)  # (B, 2, D)
         read: list[Tensor | None] = [None] * len(layout.rungs)
         alone, mean_rows = hidden[:0], 0.0
-        left: dict[str, int] = {}
+        leaving: Leaving | None = None
         if layout.num_rows:  # not where all exit
             rows = self.multiplex(hidden, layout)
             clock.mark(MULTIPLEX)
             if layout.rungs[0].rung.sure:
-                alone, mean_rows = self.run_until_sure(rows, layout, skip, read, left)
+                leaving = self.leaving(layout, skip, rows)
+                alone, mean_rows = self.run_until_sure(rows, leaving)
+                read[0] = leaving.vectors
             else:
                 alone, mean_rows = self.run_upper(rows, layout, read)
             clock.mark(UPPER)
         result = self.demultiplex(alone, read, skip, len(hidden), layout)
         clock.mark(DEMULTIPLEX)
-        clock.finish(layout.num_tokens, mean_rows, left)
+        told = () if leaving is None else (leaving.left, leaving.shadows)
+        clock.finish(layout.num_tokens, mean_rows, *told)
         return result
 
     def set_token_type_ids(
@@ -284,37 +289,29 @@ class RevMuxForSequenceClassification(nn.Module, SupportsQuant, ABC):
                     read[place] = rows[rung_layout.read_at]
         return rows[: len(layout.alone)], row_layers / (self.num_layers - self.bounds[0])
 
-    def run_until_sure(
-        self,
-        rows: Tensor,
-        layout: Layout,
-        skip: Tensor,
-        read: list[Tensor | None],
-        left: dict[str, int],
-    ) -> tuple[Tensor, float]:
+    def leaving(self, layout: Layout, skip: Tensor, rows: Tensor) -> Leaving:
+        """The sequences of a step that are under the contract."""
+        assert self.contract is not None, "a step under a contract, and none was asked for"
+        # Every rank sees the same steps, and so chooses the same ones.
+        shadows = self.shadow_draws.random(len(layout.rungs[0].sequence)) < self.shadow_rate
+        return Leaving(self.contract, self, layout, skip, rows, shadows)
+
+    def run_until_sure(self, rows: Tensor, leaving: Leaving) -> tuple[Tensor, float]:
         """``run_upper`` where sequences are under the contract: each leaves as soon as it is sure.
 
-        Args:
-            rows, layout, read: as there.
-            skip: (B, 2, D).
-            left: filled with how many left where.
+        What they are read from is in ``leaving`` then.
         """
-        assert self.contract is not None, "a step under a contract, and none was asked for"
-        leaving = Leaving(self.contract, self, layout, skip, rows)
-        row_layers, entered = 0, layout
+        row_layers, whole = 0, leaving.layout
         for part, (first, last) in enumerate(pairwise(self.bounds)):
             rows = leaving.at(first, rows)
             if not leaving.layout.num_rows:
                 break
-            if leaving.layout is not entered:
+            if leaving.layout is not whole:
                 names = self.upper_layer_names.get(first, [])
                 enter_with_fewer(names, leaving.layout, self.upper_graphs.padded_size)
             rows = self.run_segment(part, rows, leaving.layout.positions, leaving.layout)
             row_layers += len(rows) * (last - first)
-        alone = leaving.end(rows)
-        read[0] = leaving.vectors
-        left |= leaving.left
-        return alone, row_layers / (self.num_layers - self.bounds[0])
+        return leaving.end(rows), row_layers / (self.num_layers - self.bounds[0])
 
     def run_segment(
         self, part: int, rows: Tensor, positions: Tensor, layout: Layout | None
