@@ -27,6 +27,7 @@ from typer.testing import CliRunner
 from revmux_vllm import checkpoint
 from revmux_vllm.adapters.kinds import AdapterLadder
 from revmux_vllm.bench.offline import summary
+from revmux_vllm.config import layer_limit
 from revmux_vllm.errors import UserError
 from revmux_vllm.rungs import Rung
 
@@ -262,7 +263,7 @@ def test_checks_are_judged() -> None:
 
 
 def throughput_details(length: int) -> dict[str, Any]:
-    row = summary([20.0, 24.0], [10.0, 10.0], Rung(mux=4), 8, 32) | {"rung": "mux:4"}
+    row = summary([20.0, 24.0], [10.0, 10.0], layer_limit(Rung(mux=4), 8, 32)) | {"rung": "mux:4"}
     return {"shape": "8b", "length": length, "plain_requests_per_s": 10.0, "rows": [row]}
 
 

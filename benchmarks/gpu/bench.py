@@ -21,6 +21,7 @@ from gpu.results import NUMBER, Outcome
 from gpu.shapes import Shape, write_shape
 from revmux_vllm import checkpoint
 from revmux_vllm.bench.offline import measure, summary
+from revmux_vllm.config import layer_limit
 from revmux_vllm.rungs import Rung
 
 PLAIN, ALONE, LOAD = "plain vLLM", "alone", "load"
@@ -108,15 +109,12 @@ class Pair:
         shape = self.shape.prefill_layers, self.shape.num_layers
         widest = max(self.rungs, key=lambda rung: rung.saving(*shape))
         limited_by = {ALONE: Rung(), **{str(rung): rung for rung in self.rungs}, LOAD: widest}
+        limits = {name: layer_limit(rung, *shape) for name, rung in limited_by.items()}
         at = {ALONE: Rung(), **{str(rung): rung for rung in self.rungs}, LOAD: self.rungs}
         contenders: dict[Any, Any] = {PLAIN: self.rate(self.plain, None)}
         contenders |= {name: self.rate(self.ours, rungs) for name, rungs in at.items()}
         rates = measure(contenders, prompts, rounds, progress)
-        cut, layers = shape
-        rows = [
-            summary(rates[name], rates[PLAIN], limited_by[name], cut, layers) | {"rung": name}
-            for name in at
-        ]
+        rows = [summary(rates[name], rates[PLAIN], limits[name]) | {"rung": name} for name in at]
         plain = statistics.median(rates[PLAIN])
         best = max(rows, key=lambda row: float(row["ratio"]))
         says = f"plain {plain:.1f} requests/s; best {best['rung']} {best['ratio']:.2f}x"

@@ -80,6 +80,10 @@ def offline(
         bool,
         typer.Option("--enforce-eager", help="Compile nothing: starts sooner and runs slower."),
     ] = False,
+    agreement: Annotated[
+        float | None,
+        typer.Option(help="Measure this accuracy contract of the checkpoint beside its rungs."),
+    ] = None,
     seed: Seed = 0,
     as_json: AsJson = False,
     output: Output = None,
@@ -108,6 +112,7 @@ def offline(
             load_format=load_format,
             enforce_eager=enforce_eager,
             seed=seed,
+            agreement=agreement,
         )
         report = {"model": model} | run(settings, make_console(stderr=True))
     _hand_over(report, as_json, output)

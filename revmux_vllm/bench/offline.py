@@ -25,6 +25,7 @@ from revmux_vllm.config import layer_limit
 from revmux_vllm.engine.in_process import InProcessEngine, chosen_dtype
 from revmux_vllm.engine.plain import PlainEngine, PlainEngineError
 from revmux_vllm.errors import UserError
+from revmux_vllm.planning.contract import find_contract
 from revmux_vllm.rungs import Rung
 
 PLAIN, ALONE = "plain vLLM", "alone"
@@ -40,12 +41,12 @@ class EngineError(MeasuringError):
 
 
 class Row(NamedTuple):
-    """A row of the report: what runs on which model, and the rung whose layer limit it has."""
+    """A row of the report: what runs on which model, and its layer limit."""
 
     model: Model
     label: str
     rungs: Rung | tuple[Rung, ...]
-    limited_by: Rung
+    limit: float
 
 
 def run(
@@ -68,13 +69,18 @@ def run(
     beside = beside or {}
     models = [read_model(name, settings.load_format) for name in settings.models]
     rows = [row for model in models for row in rows_of(model, settings.rungs)]
+    promise: dict[str, Any] = {}
+    if settings.agreement is not None:
+        rows.insert(-1, contract_row(models[0], settings.agreement))
+        promise["additional_config"] = {"revmux": {"agreement": settings.agreement}}
     lengths, prompts = prepare_prompts(settings, models[0])
     options = engine_options(settings, max(map(len, prompts)))
     with Progress(console=console) as progress, ExitStack() as stack:
         task = progress.add_task("starting the engines", total=len(models) + 1)
         engines = {}
         for model in models:
-            engines[model] = start_multiplexed(model, options, stack)
+            own = promise if model is models[0] else {}
+            engines[model] = start_multiplexed(model, options | own, stack)
             progress.advance(task)
         baseline, alone = start_baseline(models[0], engines[models[0]], options, stack)
         progress.advance(task)
@@ -108,11 +114,23 @@ def rows_of(model: Model, rungs: tuple[Rung, ...] | None) -> list[Row]:
         raise UserError("`rungs`", problem)
     by_load = model.in_use if rungs is None else rungs
     shape = model.config.prefill_layers, model.num_layers
-    widest = max((Rung(), *by_load), key=lambda rung: rung.saving(*shape))
-    single = [Row(model, str(rung), rung, rung) for rung in chosen]
+    limits = {rung: layer_limit(rung, *shape) for rung in (Rung(), *chosen, *by_load)}
+    single = [Row(model, str(rung), rung, limits[rung]) for rung in chosen]
     if model.plain_architecture is not None:  # else it is the baseline
-        single.insert(0, Row(model, ALONE, Rung(), Rung()))
-    return [*single, Row(model, "load", by_load, widest)]
+        single.insert(0, Row(model, ALONE, Rung(), limits[Rung()]))
+    highest = max(limits[rung] for rung in (Rung(), *by_load))
+    return [*single, Row(model, "load", by_load, highest)]
+
+
+def contract_row(model: Model, agreement: float) -> Row:
+    """The row of a contract; its limit is what its calibration saw in arithmetic.
+
+    Raises:
+        UserError: where the checkpoint is not calibrated for it.
+    """
+    contracts = checkpoint.read_contracts(model.folder)
+    contract = find_contract(contracts, agreement, probability=None, per_class=False)
+    return Row(model, f"contract {contract}", Rung(sure=True), contract.speedup)
 
 
 def engine_options(settings: OfflineSettings, longest: int) -> dict[str, Any]:
@@ -206,19 +224,22 @@ def measure(
 
 def as_object(row: Row, rates: list[float], alone: list[float]) -> dict[str, Any]:
     """A row of the report."""
-    cut, layers = row.model.config.prefill_layers, row.model.num_layers
-    return summary(rates, alone, row.limited_by, cut, layers) | {"rung": row.label}
+    return summary(rates, alone, row.limit) | {
+        "rung": row.label,
+        "prefill_layers": row.model.config.prefill_layers,
+    }
 
 
-def summary(
-    rates: list[float], alone: list[float], rung: Rung, cut: int, layers: int
-) -> dict[str, Any]:
-    """Median and spread of one rung against the backbone alone, round by round."""
+def summary(rates: list[float], alone: list[float], limit: float) -> dict[str, Any]:
+    """Median and spread against the backbone alone, round by round.
+
+    Args:
+        rates: requests per second in every round.
+        alone: the backbone's.
+        limit: the layer limit.
+    """
     ratios = [mine / theirs for mine, theirs in zip(rates, alone, strict=True)]
-    limit = layer_limit(rung, cut, layers)
     return {
-        "rung": str(rung),
-        "prefill_layers": cut,
         "requests_per_s": statistics.median(rates),
         "ratio": statistics.median(ratios),
         "ratio_min": min(ratios),

@@ -31,6 +31,7 @@ class OfflineSettings:
         load_format: ``dummy`` draws the weights at random; None is vLLM's own choice.
         enforce_eager: compile nothing.
         seed: of the texts.
+        agreement: measure the first model's accuracy contract of so much, too.
     """
 
     models: tuple[str, ...]
@@ -43,6 +44,7 @@ class OfflineSettings:
     load_format: str | None = None
     enforce_eager: bool = False
     seed: int = 0
+    agreement: float | None = None
 
 
 @dataclass(frozen=True)

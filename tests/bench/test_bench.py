@@ -19,6 +19,7 @@ from revmux_vllm.bench.offline import measure, summary
 from revmux_vllm.bench.plot import plot_load
 from revmux_vllm.bench.summary import in_words, summarise
 from revmux_vllm.bench.tables import points_table, rungs_table, times_table
+from revmux_vllm.config import layer_limit
 from revmux_vllm.rungs import Rung
 
 
@@ -129,7 +130,7 @@ def test_offline_rounds_alternate_and_ratios_are_per_round() -> None:
     with Progress(disable=True) as progress:
         rates = measure({"ours": ours.rate, "plain": plain.rate}, [[1]], 3, progress)
     assert calls == ["plain", "ours", "ours", "plain"] * 2
-    row = summary(rates["ours"], rates["plain"], Rung(mux=2), 3, 12)
+    row = summary(rates["ours"], rates["plain"], layer_limit(Rung(mux=2), 3, 12))
     assert row["ratios"] == [2, 3, 2]
     assert (row["ratio"], row["ratio_max"], row["requests_per_s"]) == (2, 3, 6)
     assert row["layer_limit"] == pytest.approx(1.6)
