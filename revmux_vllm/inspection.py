@@ -51,6 +51,7 @@ def describe(folder: str | Path) -> dict[str, Any]:
         }
     measured = checkpoint.read_measured(folder)
     choice = read_options({}, config, measured).choice
+    contracts = checkpoint.read_contracts(folder)
     return {
         "architecture": values["architectures"][0],
         "adapter_type": config.adapter_type,
@@ -64,6 +65,11 @@ def describe(folder: str | Path) -> dict[str, Any]:
         "rungs_in_use": [str(rung) for rung in choice.used],
         "rungs_left_out": {str(rung): why for rung, why in choice.left_out.items()},
         "served_at": str(choice),
+        "contracts": [contract.to_dict() for contract in contracts],
+        "calibrated_for": "; ".join(
+            f"{contract} at {contract.speedup:.2f}x" for contract in contracts
+        )
+        or None,
         "rungs": rungs,
         "early_exit": report.get("early_exit", []),
     }
