@@ -60,6 +60,8 @@ class Planning(RuleBasedStateMachine):
                 {"policy": "fixed:merge:2+mux:2", "isolate": True},
                 {"policy": "fixed:4", "linger_ms": 25},
                 {"policy": "off"},
+                {"policy": "fixed:contract", "agreement": 0.9},
+                {"target_ms": 100, "agreement": 0.9, "rungs": ["mux:4"]},
                 {"target_ms": 100},
                 {"target_ms": 100, "isolate": True, "rungs": ["mux:2", "mux:4"]},
                 {"target_ms": 100, "linger_ms": 25},
@@ -75,7 +77,7 @@ class Planning(RuleBasedStateMachine):
         self.now, self.made = 0.0, 0
         self.waiting: list[Waiting] = []
         self.passed_over: set[str] = set()
-        self.taken, self.counted = 0, 0
+        self.taken, self.counted, self.promised = 0, 0, 0
 
     def make(self, length: int, domain: str | None, exact: bool) -> Waiting:
         self.made += 1
@@ -204,12 +206,17 @@ class Planning(RuleBasedStateMachine):
                 assert (rung, group) in composites, "what is whole stays as it is"
         self.taken += len(taken)
         self.counted += len(composites)
+        if under := sum(rung.sure for rung, _ in composites):  # one never was, one was a shadow
+            left = {"alone": under - under // 2, "exit@2": under // 2}
+            self.planner.left(left, {("exit@3", "same"): 1})
+            self.promised += under
         self.check_counts()
 
     def check_counts(self) -> None:
         counts = self.planner.counts
         assert sum(n for (kind, _), n in counts.items() if kind == "requests") == self.taken
         assert sum(n for (kind, _), n in counts.items() if kind == "composites") == self.counted
+        assert sum(n for (kind, _), n in counts.items() if kind == "contract") == self.promised
 
     def check_composites(self, composites: tuple[Composite, ...], rungs: tuple[Rung, ...]) -> None:
         for rung, group in composites:
