@@ -138,6 +138,7 @@ class RevMuxForSequenceClassification(nn.Module, SupportsQuant, ABC):
         options = served_options(vllm_config)
         self.contract, self.shadow_rate = options.contract, options.shadow_rate
         self.shadow_draws = np.random.default_rng(0)
+        self.trusts: list[tuple[Tensor, Tensor]] = []
         most = vllm_config.compilation_config.max_cudagraph_capture_size or 0
         self.upper_graphs = UpperGraphs(most, self.hidden_size)
         here = torch.empty(0)
@@ -292,6 +293,10 @@ class RevMuxForSequenceClassification(nn.Module, SupportsQuant, ABC):
     def leaving(self, layout: Layout, skip: Tensor, rows: Tensor) -> Leaving:
         """The sequences of a step that are under the contract."""
         assert self.contract is not None, "a step under a contract, and none was asked for"
+        if not self.trusts:  # once, for a copy from the host may wait for the device
+            terms = zip(self.contract.weights, self.contract.biases, strict=True)
+            to: dict[str, Any] = {"dtype": torch.float32, "device": rows.device}
+            self.trusts = [(torch.tensor(w, **to), torch.tensor(b, **to)) for w, b in terms]
         # Every rank sees the same steps, and so chooses the same ones.
         shadows = self.shadow_draws.random(len(layout.rungs[0].sequence)) < self.shadow_rate
         return Leaving(self.contract, self, layout, skip, rows, shadows)
