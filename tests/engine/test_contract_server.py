@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -63,6 +64,11 @@ def test_what_it_promises_is_said_and_counted(server: LocalServer) -> None:
     assert agreement["estimate"] == shadows["same"] / sum(shadows.values())
     assert 0 <= agreement["low"] < agreement["estimate"] < agreement["high"] <= 1
     assert samples(server, "revmux:contract_drift", "") != {}
+    page = (Path(__file__).parents[2] / "docs/accuracy-contract.md").read_text()
+    metrics = httpx.get(f"{server.base_url}/metrics", timeout=30).text
+    names = set(re.findall(r"\brevmux:\w+", page))
+    assert len(names) == 5
+    assert all(f"\n{name}{{" in metrics for name in names)
 
 
 def test_another_promise_is_refused_with_the_command(folder: Path) -> None:
