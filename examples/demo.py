@@ -109,13 +109,20 @@ class Demo:
         rounds: measured bursts to each server.
         concurrency: requests under way at once.
         min_agreement: of the rungs that the bundled model may use.
+        server_args: options of ``vllm serve`` for all servers.
     """
 
     def __init__(
-        self, model: str, texts: list[str], rounds: int, concurrency: int, min_agreement: float
+        self,
+        model: str,
+        texts: list[str],
+        rounds: int,
+        concurrency: int,
+        min_agreement: float,
+        server_args: Sequence[str] = (),
     ) -> None:
         self.model, self.texts, self.rounds, self.concurrency = model, texts, rounds, concurrency
-        self.min_agreement = min_agreement
+        self.min_agreement, self.server_args = min_agreement, server_args
         folder = resolve(model)
         config, values = checkpoint.read_config(folder)
         self.layers = config.prefill_layers, values["num_hidden_layers"]
@@ -126,12 +133,14 @@ class Demo:
     def run(self) -> dict[str, Comparison]:
         """Start the servers, measure, and stop them whatever happens."""
         found = {}
-        with server_pair(self.model, additional_config=self._options()) as (ours, plain):
+        args, options = self.server_args, self._options()
+        with server_pair(self.model, args, options) as (ours, plain):
             wait_for((ours, plain), progress_console)
             found[LOAD] = self._compare((ours, plain), LOAD)
             if self.composites:
                 policy = f"fixed:{self.composites[0]}"
-                with multiplexed_server(self.model, (), self._options(policy=policy)) as fixed:
+                options = self._options(policy=policy)
+                with multiplexed_server(self.model, args, options) as fixed:
                     wait_for((fixed,), progress_console)
                     found[COMPOSITES] = self._compare((fixed, plain), COMPOSITES)
         return found
@@ -229,13 +238,17 @@ def over_http(one: Comparison) -> str:
 
 
 def main(
-    model: Annotated[str, typer.Option(help="Bundled name.")] = "revmux-smollm2",
-    sentences: Annotated[int, typer.Option(min=8, help="Of every burst; 320 at most.")] = 80,
+    model: Annotated[str, typer.Option(help="Bundled name.")] = "revmux-llama",
+    sentences: Annotated[int, typer.Option(min=8, help="Of every burst; 320 at most.")] = 320,
     rounds: Annotated[int, typer.Option(min=5, help="Measured bursts to each server.")] = 5,
     concurrency: Annotated[int, typer.Option(min=1, help="Requests under way at once.")] = 128,
     min_agreement: Annotated[
         float, typer.Option(help="Measured agreement of the rungs that may be used.")
     ] = 0.96,
+    enforce_eager: Annotated[
+        bool,
+        typer.Option("--enforce-eager", help="Compile nothing: starts sooner and runs slower."),
+    ] = False,
     rows: Annotated[int, typer.Option(min=1, help="Sentences to show.")] = 12,
     plot: Annotated[Path, typer.Option(help="Picture to write.")] = Path("demo.png"),
     as_json: AsJson = False,
@@ -245,7 +258,8 @@ def main(
     texts = texts[:: max(1, len(texts) // sentences)][:sentences]
     try:
         with unwound_on_sigterm():
-            found = Demo(model, texts, rounds, concurrency, min_agreement).run()
+            args = ["--enforce-eager"] if enforce_eager else []
+            found = Demo(model, texts, rounds, concurrency, min_agreement, args).run()
     except (ServerError, UserError) as error:
         progress_console.print(str(error), style="red", markup=False, highlight=False)
         raise typer.Exit(1) from error

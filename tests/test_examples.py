@@ -120,6 +120,7 @@ def test_the_demo(tmp_path: Path) -> None:
     """Of the small model, and a few sentences."""
     plot = tmp_path / "demo.png"
     command = [sys.executable, str(EXAMPLES / "demo.py"), "--model", "revmux-llama", "--json"]
+    command.append("--enforce-eager")
     done = json.loads(run_example(*command, "--sentences", "16", "--plot", str(plot)))
     bundled, composites = done["as bundled"], done["in composites"]
     assert composites["rung_counts"]["mux:2"] > 100
