@@ -8,7 +8,8 @@ from revmux_vllm import __version__
 from revmux_vllm.bench.cli import app as bench
 from revmux_vllm.inspection import inspect
 from revmux_vllm.serving.cli import batch, serve
-from revmux_vllm.training.cli import calibrate, evaluate, train
+from revmux_vllm.training.cli import evaluate, train
+from revmux_vllm.training.contract_cli import calibrate
 
 app = typer.Typer(
     no_args_is_help=True,

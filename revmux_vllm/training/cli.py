@@ -9,13 +9,13 @@ from typing import Annotated
 
 import typer
 
-from revmux_vllm.errors import UserError, raise_all, require, within
+from revmux_vllm.errors import UserError, require, within
 from revmux_vllm.families import FAMILIES
 from revmux_vllm.rungs import Rung, in_words, parse_rungs
 from revmux_vllm.terminal import AsJson, Folder, check_plot, make_console, mendable_errors
 from revmux_vllm.training.options import AUTO, TrainOptions
 from revmux_vllm.training.recipes import RECIPES
-from revmux_vllm.training.tables import class_table, contract_table, report_tables
+from revmux_vllm.training.tables import class_table, report_tables
 
 RESUME = "An unfinished training keeps its last checkpoint: --resume continues it"
 ROWS = "File (.tsv, .csv, .jsonl, .parquet) or hub data set (NAME:SPLIT, NAME:CONFIG:SPLIT)"
@@ -156,9 +156,9 @@ def train(
             train,
             output,
             eval=eval,
-            text_columns=_split(text_columns),
+            text_columns=split(text_columns),
             label_column=label_column,
-            label_words=_split(label_words),
+            label_words=split(label_words),
             rungs=_rungs(rungs, widths),
             prefill_layers=_prefill_layers(prefill_layers),
             adapter_type=adapter_type,
@@ -175,7 +175,7 @@ def train(
             gradient_accumulation=gradient_accumulation,
             seed=seed,
         )
-        _quiet()
+        quiet()
         from revmux_vllm.training.run import train_checkpoint
 
         report = train_checkpoint(options, resume)
@@ -214,13 +214,13 @@ def evaluate(
         check_plot(plot)
         if plot is not None or save:
             require("matplotlib", extra="train")
-        _quiet()
+        quiet()
         from revmux_vllm.training.measure import measure
 
         report = measure(
             folder,
             eval,
-            text_columns=_split(text_columns),
+            text_columns=split(text_columns),
             label_column=label_column,
             window=window,
             max_tokens=max_tokens,
@@ -241,78 +241,6 @@ def evaluate(
         make_console(stderr=True).print(f"plot written to {plot}", soft_wrap=True)
 
 
-def calibrate(
-    folder: Folder,
-    data: Annotated[
-        str,
-        typer.Option(
-            help=f"{ROWS}. Text like that which will be asked, and such that nobody was trained "
-            "on; labels are not needed. Half of it fits, the other half tests."
-        ),
-    ],
-    agreement: Annotated[
-        float, typer.Option(help="Share of the answers that must be the backbone's own.")
-    ] = 0.99,
-    confidence: Annotated[
-        float, typer.Option(help="With which it must hold for text like this.")
-    ] = 0.95,
-    probability: Annotated[
-        float | None,
-        typer.Option(
-            help="Count an answer as the backbone's only if no probability is further from its: "
-            "for users who put thresholds on scores. Default: the label alone counts."
-        ),
-    ] = None,
-    per_class: Annotated[
-        bool,
-        typer.Option(
-            "--per-class",
-            help="Promise it for each of the backbone's classes by itself. A model that seldom "
-            "says yes would keep 99 % by never saying it.",
-        ),
-    ] = False,
-    text_columns: TextColumns = None,
-    max_tokens: MaxTokens = TrainOptions.max_tokens,
-    as_json: AsJson = False,
-) -> None:
-    """Promise an accuracy: find after which layers a request may leave, and how sure it must be.
-
-    Example: `revmux calibrate my-revmux --data fresh.tsv --agreement 0.99`. The promise is kept in
-    the checkpoint; `revmux eval` measures it on other rows.
-    """
-    with mendable_errors(), redirect_stdout(stderr):
-        require("accelerate", "psutil", "sklearn", extra="train")
-        _check_terms(agreement, confidence, probability)
-        _quiet()
-        from revmux_vllm.training.contract import Terms
-        from revmux_vllm.training.measure import calibrate
-
-        terms = Terms(agreement, confidence, probability, per_class)
-        contract = calibrate(
-            folder, data, terms, text_columns=_split(text_columns), max_tokens=max_tokens
-        )
-    if as_json:
-        print(json.dumps(contract.to_dict()))
-        return
-    console = make_console()
-    console.print(contract_table(contract))
-    console.print(f"kept in {folder}; measure it: revmux eval {folder} --eval ROWS", soft_wrap=True)
-
-
-def _check_terms(agreement: float, confidence: float, probability: float | None) -> None:
-    shares = {"agreement": agreement, "confidence": confidence}
-    mistakes = [
-        UserError(f"`{name}`", expected="above 0 and below 1", found=value)
-        for name, value in shares.items()
-        if not 0 < value < 1
-    ]
-    if probability is not None and not 0 < probability <= 1:
-        mistakes.append(
-            UserError("`probability`", expected="above 0, 1 at most", found=probability)
-        )
-    raise_all(mistakes)
-
-
 def _how_to_go_on(output: Path) -> Callable[[], str]:
     """Advice where a training into ``output`` stopped half way."""
 
@@ -324,7 +252,7 @@ def _how_to_go_on(output: Path) -> Callable[[], str]:
     return advice
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """Only errors of transformers: its bars and reports are not about the user's work."""
     from transformers.utils import logging
 
@@ -332,7 +260,7 @@ def _quiet() -> None:
     logging.disable_progress_bar()
 
 
-def _split(words: str | None) -> tuple[str, ...] | None:
+def split(words: str | None) -> tuple[str, ...] | None:
     return None if words is None else tuple(words.split(","))
 
 

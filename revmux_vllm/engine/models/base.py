@@ -19,7 +19,6 @@ from vllm.compilation.backends import set_model_tag
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.linear import ReplicatedLinear
 from vllm.model_executor.layers.pooler import DispatchPooler
-from vllm.model_executor.layers.pooler.seqwise import pooler_for_classify
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.models.interfaces import SupportsQuant
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
@@ -38,48 +37,15 @@ from revmux_vllm.engine.layout import MuxLayout, make_layout
 from revmux_vllm.engine.leaving import Leaving
 from revmux_vllm.engine.model_config import served_options
 from revmux_vllm.engine.model_state import model_state_class
+from revmux_vllm.engine.models.parts import adapter_dtype, classify_pooler
 from revmux_vllm.engine.stages import DEMULTIPLEX, LOWER, MULTIPLEX, UPPER, clock
 from revmux_vllm.engine.transfer import sent
 from revmux_vllm.families import family_of
-from revmux_vllm.planning.options import read_options
 
 Layout = MuxLayout[Tensor]
 """Of one step, on the device."""
 WARM_UP_TOKENS = 16
 """Of every sequence that a rung is warmed up with."""
-
-
-def classify_pooler(
-    vllm_config: VllmConfig, classifier: Any, pooling: Any = None
-) -> DispatchPooler:
-    """vLLM's pooler for ``classify``, and for nothing by token: of members one row is known."""
-    config = vllm_config.model_config.pooler_config
-    assert config is not None
-    return DispatchPooler(
-        {"classify": pooler_for_classify(config, pooling=pooling, classifier=classifier)}
-    )
-
-
-def adapter_dtype(vllm_config: VllmConfig, config: RevMuxConfig, here: Tensor) -> torch.dtype:
-    """What adapters compute in.
-
-    Left to ``auto``, a GPU takes bfloat16, whose tensor cores are many times faster; on a CPU they
-    are never narrower than they were trained.
-
-    Args:
-        vllm_config: with the user's options.
-        config: of the checkpoint.
-        here: a tensor of the dtype and device that the backbone is served in.
-    """
-    chosen = read_options(vllm_config.additional_config, config).adapter_dtype
-    if chosen != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[chosen]
-    if here.is_cuda:
-        return torch.bfloat16 if here.dtype.itemsize == 2 else here.dtype
-    if vllm_config.load_config.load_format == "dummy":
-        return here.dtype
-    stored = checkpoint.adapter_dtype(vllm_config.model_config.model)
-    return torch.promote_types(stored, here.dtype)
 
 
 class RevMuxForSequenceClassification(nn.Module, SupportsQuant, ABC):

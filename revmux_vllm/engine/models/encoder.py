@@ -19,11 +19,8 @@ from vllm.model_executor.models.bert import (
 from vllm.model_executor.models.roberta import RobertaClassificationHead, RobertaEmbedding
 from vllm.model_executor.models.utils import WeightsMapper
 
-from revmux_vllm.engine.models.base import (
-    Layout,
-    RevMuxForSequenceClassification,
-    classify_pooler,
-)
+from revmux_vllm.engine.models.base import Layout, RevMuxForSequenceClassification
+from revmux_vllm.engine.models.parts import classify_pooler
 
 
 @support_torch_compile
