@@ -23,7 +23,7 @@ from revmux_vllm.training import trainer
 from revmux_vllm.training.card import front_matter
 from revmux_vllm.training.cli import _rungs
 from revmux_vllm.training.exits import EXIT_FILE, exit_layers
-from revmux_vllm.training.options import TrainOptions
+from revmux_vllm.training.options import AUTO, TrainOptions
 
 WB = ("weight", "bias")
 MERGED = ("merger.", "")
@@ -218,10 +218,10 @@ def test_two_processes_share_a_training(train: Train, tmp_path: Path) -> None:
 
 
 def test_widths_are_short_for_rungs() -> None:
-    assert _rungs(None, "4,2") == parse_rungs(["mux:2", "mux:4"])
-    assert _rungs(None, None) == parse_rungs(["mux:2", "mux:4", "mux:8"])
+    assert _rungs(AUTO, "4,2") == parse_rungs(["mux:2", "mux:4"])
+    assert _rungs(AUTO, None) is None, "a survey proposes them"
     with pytest.raises(UserError) as error:
-        _rungs(None, "two")
+        _rungs(AUTO, "two")
     message = error.value.words(as_flag, typed=True)
     assert "--widths two: rung 'mux:two': expected exit, mux:N" in message
 
