@@ -150,10 +150,13 @@ def train(
 
 
 def shorten(folder: Path) -> None:
-    """Store the updates in bfloat16, before anything learns from them."""
+    """Store the updates in bfloat16, before anything learns from them, and no folder of ours."""
     path = folder / "adapter_model.safetensors"
     state = {name: tensor.bfloat16() for name, tensor in load_file(path).items()}
     save_file(state, path, metadata={"format": "pt"})
+    settings = folder / "adapter_config.json"
+    values = json.loads(settings.read_text(encoding="utf-8")) | {"base_model_name_or_path": None}
+    settings.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 @app.command("rows")
