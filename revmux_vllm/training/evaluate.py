@@ -180,8 +180,10 @@ def _contract_rows(
 ) -> list[dict[str, Any]]:
     """What every promise gives on these rows."""
     rows = []
+    together = {contract.stops for contract in contracts}
+    every = {stops: observe(backbone, ladder, features, stops) for stops in together}
     for contract in contracts:
-        seen = observe(backbone, ladder, features, contract.stops)
+        seen = every[contract.stops]
         left = walk(contract, seen)
         passed = costs.until_stops([ladder[stop] for stop in contract.stops])
         shares = torch.bincount(left.place, minlength=len(passed)) / len(left.place)

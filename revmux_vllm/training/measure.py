@@ -72,9 +72,8 @@ def measure(
         text_columns=text_columns,
         label_column=label_column,
         max_tokens=max_tokens,
-        with_exits=True,
+        window=window,
     )
-    check_enough(subject.ladder.config, len(subject.texts), window)
     answering: AbstractContextManager[Predict | None] = nullcontext()
     if engine:
         prompts = tokenize(subject.tokenizer, subject.texts, max_tokens)["input_ids"]
@@ -155,9 +154,12 @@ def load(
     text_columns: Sequence[str] | None,
     label_column: str | None,
     max_tokens: int,
-    with_exits: bool = False,
+    window: int | None = None,
 ) -> Subject:
-    """Everything that measuring needs; with the early exits labels are needed too.
+    """Everything that measuring needs.
+
+    Args:
+        window: rows that are packed together; None: neither early exits nor labels are needed.
 
     Raises:
         UserError: for a broken checkpoint or unusable rows.
@@ -170,16 +172,22 @@ def load(
     hf_config = AutoConfig.from_pretrained(folder)
     names = label_names(hf_config, config.label_words)
     texts = data.read_rows(
-        rows, names, text_columns=text_columns, label_column=label_column, need_labels=with_exits
+        rows,
+        names,
+        text_columns=text_columns,
+        label_column=label_column,
+        need_labels=window is not None,
     )
     check_pairs(config, texts, rows)
+    if window is not None:
+        check_enough(config, len(texts), window)
     check_max_tokens(hf_config, max_tokens)
     device = process_state().device
     backbone = _load_backbone(folder, config).to(device)
     ladder.to(device)
     tokenizer = read_tokenizer("checkpoint", folder)
     exits = nn.ModuleDict()
-    if with_exits:
+    if window is not None:
         exits = load_exits(folder, hf_config.hidden_size, len(names)).to(device)
     features = extract(backbone, tokenizer, texts, max_tokens, [int(layer) for layer in exits])
     return Subject(folder, backbone, ladder, tokenizer, names, texts, exits, features)
