@@ -1,9 +1,9 @@
 """Serve a bundled classifier, multiplexed and not, and compare answers and throughput.
 
-Two servers of the same backbone, the bundled model as it is and its backbone alone under vLLM's own
-class, get the same bursts by turns; each waits for the other to fall idle, so both see the same
-machine. Then a third server, which runs everything in composites, does the same in a round of its
-own. The first round of every server warms it up.
+Two servers of the same backbone, the bundled model under an accuracy contract and its backbone
+alone under vLLM's own class, get the same bursts by turns; each waits for the other to fall idle,
+so both see the same machine. Then a third server, which runs everything in composites, does the
+same in a round of its own. The first round of every server warms it up.
 """
 
 import asyncio
@@ -44,7 +44,7 @@ from revmux_vllm.terminal import AsJson, unwound_on_sigterm
 # vLLM's workers spin for a second after their last step (shm_broadcast.py, SpinCondition).
 PAUSE_S = 1.5
 SENTENCES = Path(__file__).with_name("sentences.txt")
-LOAD, COMPOSITES = "as bundled", "in composites"
+LOAD, COMPOSITES = "under load", "in composites"
 
 progress_console = Console(stderr=True)
 
@@ -108,7 +108,8 @@ class Demo:
         texts: sentences of every burst.
         rounds: measured bursts to each server.
         concurrency: requests under way at once.
-        min_agreement: of the rungs that the bundled model may use.
+        agreement: that the bundled model's contract promises; None: it uses rungs, with none.
+        min_agreement: of these rungs.
         server_args: options of ``vllm serve`` for all servers.
     """
 
@@ -118,11 +119,14 @@ class Demo:
         texts: list[str],
         rounds: int,
         concurrency: int,
+        agreement: float | None,
         min_agreement: float,
         server_args: Sequence[str] = (),
     ) -> None:
         self.model, self.texts, self.rounds, self.concurrency = model, texts, rounds, concurrency
-        self.min_agreement, self.server_args = min_agreement, server_args
+        self.server_args = server_args
+        keeps = {"min_agreement": min_agreement} if agreement is None else {"agreement": agreement}
+        self.options = {"revmux": keeps}
         folder = resolve(model)
         config, values = checkpoint.read_config(folder)
         self.layers = config.prefill_layers, values["num_hidden_layers"]
@@ -133,20 +137,16 @@ class Demo:
     def run(self) -> dict[str, Comparison]:
         """Start the servers, measure, and stop them whatever happens."""
         found = {}
-        args, options = self.server_args, self._options()
-        with server_pair(self.model, args, options) as (ours, plain):
+        args = self.server_args
+        with server_pair(self.model, args, self.options) as (ours, plain):
             wait_for((ours, plain), progress_console)
             found[LOAD] = self._compare((ours, plain), LOAD)
             if self.composites:
-                policy = f"fixed:{self.composites[0]}"
-                options = self._options(policy=policy)
+                options = {"revmux": {"policy": f"fixed:{self.composites[0]}"}}
                 with multiplexed_server(self.model, args, options) as fixed:
                     wait_for((fixed,), progress_console)
                     found[COMPOSITES] = self._compare((fixed, plain), COMPOSITES)
         return found
-
-    def _options(self, **more: Any) -> dict[str, Any]:
-        return {"revmux": {"min_agreement": self.min_agreement, **more}}
 
     def _compare(self, servers: Sequence[LocalServer], what: str) -> Comparison:
         try:
@@ -242,8 +242,11 @@ def main(
     sentences: Annotated[int, typer.Option(min=8, help="Of every burst; 320 at most.")] = 320,
     rounds: Annotated[int, typer.Option(min=5, help="Measured bursts to each server.")] = 5,
     concurrency: Annotated[int, typer.Option(min=1, help="Requests under way at once.")] = 128,
+    agreement: Annotated[
+        float, typer.Option(help="That the accuracy contract promises; 0: use rungs, with none.")
+    ] = 0.98,
     min_agreement: Annotated[
-        float, typer.Option(help="Measured agreement of the rungs that may be used.")
+        float, typer.Option(help="Measured agreement of the rungs, where there is no contract.")
     ] = 0.96,
     enforce_eager: Annotated[
         bool,
@@ -259,7 +262,9 @@ def main(
     try:
         with unwound_on_sigterm():
             args = ["--enforce-eager"] if enforce_eager else []
-            found = Demo(model, texts, rounds, concurrency, min_agreement, args).run()
+            promise = agreement or None
+            demo = Demo(model, texts, rounds, concurrency, promise, min_agreement, args)
+            found = demo.run()
     except (ServerError, UserError) as error:
         progress_console.print(str(error), style="red", markup=False, highlight=False)
         raise typer.Exit(1) from error

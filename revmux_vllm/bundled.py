@@ -11,7 +11,9 @@ _HERE = Path(__file__).resolve().parent
 def bundled_checkpoints() -> dict[str, Path]:
     """Name to folder: ``bundled/`` of an installed wheel, or ``adapters/`` of a checkout."""
     for root in (_HERE / "bundled", _HERE.parent / "adapters"):
-        found = {path.parent.name: path.parent for path in root.glob("*/adapter.safetensors")}
+        found = {
+            path.parent.name: path.parent for path in sorted(root.glob("*/adapter.safetensors"))
+        }
         if found:
             return found
     return {}

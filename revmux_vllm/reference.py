@@ -42,7 +42,8 @@ class Passed:
     """G composites of N members behind the upper layers, where each member is read.
 
     Attributes:
-        rows: (G*N, D) by the layer where a rung stops, 0 for the end; empty where no layer ran.
+        rows: (G*N, D) by the layer where a rung stops, 0 for the end; the state (G*N, 2, D) where
+            ``Rung.reads_state``; empty where no layer ran.
         stream: (G*N,) which stream of its composite each member is.
         skip: (G*N, 2, D), see ``skip_state``.
         streams: (G, T', N, S) the members before they were mixed; None where nothing is.
@@ -55,8 +56,10 @@ class Passed:
 
     def read(self, adapter: RungAdapter, with_skip: bool = True) -> Tensor:
         """The members' vectors (G, N, D) of one rung of the path."""
-        rows = self.rows.get(adapter.rung.stop)
-        vectors = adapter.read(rows, self.stream, self.skip if with_skip else None)
+        rows, skip = self.rows.get(adapter.rung.stop), self.skip if with_skip else None
+        if adapter.rung.reads_state:
+            rows, skip = None, self.skip if rows is None else rows
+        vectors = adapter.read(rows, self.stream, skip)
         return vectors.unflatten(0, (-1, adapter.rung.mux))
 
 
@@ -89,10 +92,14 @@ def run_path(
     layer = backbone.prefill_layers
     for stop in sorted({adapter.rung.stop for adapter in adapters}, key=lambda s: s or math.inf):
         rows = backbone.between(rows, carriers, positions, layer, stop or backbone.num_layers)
-        out, position = rows, backbone.pooled_position(flat)
+        position = backbone.pooled_position(flat)
         if not stop:
-            out, position = backbone.finish(rows, carriers), backbone.output_position(flat)
-        read_at[stop] = rows_at(out.repeat_interleave(width, 0), position)
+            final, position = backbone.finish(rows, carriers), backbone.output_position(flat)
+            read_at[stop] = rows_at(final.repeat_interleave(width, 0), position)
+        elif width == 1:
+            read_at[stop] = skip_state(rows, flat, position)
+        else:
+            read_at[stop] = rows_at(rows.repeat_interleave(width, 0), position)
         layer = stop
     return Passed(read_at, stream, skip, streams)
 

@@ -140,6 +140,11 @@ class Rung:
         return self.merge
 
     @property
+    def reads_state(self) -> bool:
+        """Read early, off the rows of one sequence: the one that speaks for it, and their mean."""
+        return self.exit or bool(self.stop and self.mux == 1)
+
+    @property
     def way(self) -> tuple[int, bool, int, bool]:
         """What is done to each sequence by itself: every field but ``mux``."""
         return self.merge, self.exit, self.stop, self.sure

@@ -105,8 +105,8 @@ def make_reader(rung: Rung, path: Path, config: RevMuxConfig, hidden_size: int) 
     if isinstance(path, Composite):
         make = ADAPTERS[config.adapter_type].demultiplexer
         return make(path.mux, hidden_size, inner_size, config.skip)
-    if rung.exit or rung.stop:
-        return EarlyReader(hidden_size, inner_size, has_rows=not rung.exit)
+    if rung.reads_state:
+        return EarlyReader(hidden_size, inner_size)
     return Refiner(hidden_size, inner_size, config.skip)
 
 

@@ -15,10 +15,11 @@ class Reader(nn.Module, ABC):
 
         Args:
             rows: (M, D), where each member is read: the final states, or the hidden states after
-                the layer where the rung stops; None where no upper layer ran.
+                the layer where the rung stops; None where the state is all that is read.
             stream: (M,) int64, which stream of its composite a member is.
             skip: (M, 2, D), what the prefill layers know of each member: its pooled row, and the
-                mean over its tokens. None: answer without it.
+                mean over its tokens. None: answer without it. Where ``Rung.reads_state``: the same
+                two after the layer where the rung stops.
         """
 
 
@@ -48,28 +49,22 @@ class Refiner(Reader):
 
 
 class EarlyReader(Reader):
-    """Three linear layers on the state where the rung stops and on the prefill state.
+    """Three linear layers on the state where the rung stops; see ``Rung.reads_state``.
 
     Args:
         hidden_size: D of the backbone.
         inner_size: width of the inner layers.
-        has_rows: an upper layer ran; else the prefill state is all there is.
     """
 
-    def __init__(self, hidden_size: int, inner_size: int, has_rows: bool) -> None:
+    def __init__(self, hidden_size: int, inner_size: int) -> None:
         super().__init__()
-        self.norm = nn.RMSNorm(hidden_size, eps=1e-6) if has_rows else None
         self.skip_norm = nn.RMSNorm(hidden_size, eps=1e-6)
-        self.layers = three_layers((2 + has_rows) * hidden_size, inner_size, hidden_size)
+        self.layers = three_layers(2 * hidden_size, inner_size, hidden_size)
 
     def forward(self, rows: Tensor | None, stream: Tensor, skip: Tensor | None) -> Tensor:
         """See ``Reader``."""
         assert skip is not None
-        known = self.skip_norm(skip).flatten(1)  # (M, 2D)
-        if self.norm is not None:
-            assert rows is not None
-            known = torch.cat([self.norm(rows), known], dim=-1)
-        return self.layers(known)
+        return self.layers(self.skip_norm(skip).flatten(1))
 
 
 class ExitHead(nn.Module):

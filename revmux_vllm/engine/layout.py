@@ -9,7 +9,7 @@ upper layers follows from the batch's.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -46,6 +46,7 @@ class RungLayout(Generic[A]):
         stream: (M,) stream of each member.
         sequence: (M,) row of the batch of each member.
         pooled_token: (M,) token row that speaks for each member.
+        first_group: which of all composites is the first of this rung.
     """
 
     rung: Rung
@@ -58,6 +59,7 @@ class RungLayout(Generic[A]):
     stream: A
     sequence: A
     pooled_token: A
+    first_group: int = 0
 
 
 @dataclass(frozen=True)
@@ -108,10 +110,47 @@ class MuxLayout(Generic[A]):
         """Of all sequences."""
         return len(self.sequence_of_token)
 
+    def state(
+        self: "MuxLayout[Tensor]",
+        rows: Tensor,
+        read_at: Tensor,
+        first_group: int,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """What rows know of sequences that share none: (M, 2, D), see ``pooled_and_mean``.
+
+        Args:
+            rows: upper rows (U, D), as many as there are at some stop.
+            read_at: (M,) the one that speaks for each.
+            first_group: of M composites, one after the other.
+            dtype: of the result.
+        """
+        last_group = first_group + len(read_at)
+        first, last = self.host_starts[first_group], self.host_starts[last_group]
+        starts = self.starts[first_group:last_group] - first
+        return pooled_and_mean(rows[first:last], read_at - first, starts, dtype)
+
     def passing(self, layer: int) -> tuple[int, int]:
         """Composites, and their rows, that go on behind so many layers: the first ones."""
         groups = int((self.host_stops > layer).sum())
         return groups, int(self.host_starts[groups])
+
+
+def pooled_and_mean(rows: Tensor, read_at: Tensor, starts: Tensor, dtype: torch.dtype) -> Tensor:
+    """Of every sequence the row that speaks for it and the mean over its rows: (M, 2, D).
+
+    The mean is of float32 as the reference's is; in half precision the order would show. A bag is
+    summed in order, where atomic adds would give another sum every time.
+
+    Args:
+        rows: (U, D), of one sequence after the other.
+        read_at: (M,).
+        starts: (M,) first row of every sequence.
+        dtype: of the result.
+    """
+    every = torch.arange(len(rows), dtype=starts.dtype, device=rows.device)
+    mean = torch.nn.functional.embedding_bag(every, rows.float(), starts, mode="mean")
+    return torch.stack([rows[read_at].to(dtype), mean.to(dtype)], dim=1)
 
 
 # Long because the indices of a step hang together: each is made from the ones before it.
@@ -168,7 +207,7 @@ def make_layout(
         if ends.has_sink and rung.mux > 1:  # a member that is read there has no other row
             sinks = (place[first:last] == 0) & (source.num_rows.min(1) > 1)[at]
         part = _rung_layout(rung, table, source, at, place[first:last], read_at, sinks, speaks)
-        parts.append(part)
+        parts.append(replace(part, first_group=index[0]))
     carrier_rows = np.repeat(starts[carriers], rows_of) + place
     host_starts = upper_starts.astype(np.int32)
     return MuxLayout(

@@ -135,8 +135,11 @@ class Leaving:
         if place is None or not len(self.going):
             return rows
         stop, least = self.contract.stops[place], self.contract.thresholds[place]
-        read = None if stop.exit else rows[self.read_at].to(self.skip.dtype)
-        vectors = self.model.adapters[stop].read(read, self.going * 0, self.skip)
+        state = self.skip
+        if not stop.exit:
+            first_group = len(self.layout.host_starts) - 1 - len(self.going)
+            state = self.layout.state(rows, self.read_at, first_group, self.skip.dtype)
+        vectors = self.model.adapters[stop].read(None, self.going * 0, state)
         logits = two_class_logits(self.model.answer(vectors)).float()
         self.said.append(logits)
         if least is None:
@@ -161,7 +164,7 @@ class Leaving:
         kept: Kept[Tensor] = sent(made, rows.device)
         self.vectors[self.going[kept.leave]] = vectors[kept.leave]
         self.layout, self.read_at = narrowed(self.layout, kept), kept.read_at
-        self.going, self.skip = self.going[kept.stay], self.skip[kept.stay]
+        self.going = self.going[kept.stay]
         self.would_leave = self.would_leave[kept.stay]
         self.would_say = self.would_say[kept.stay]
         self.said = [logits[kept.stay] for logits in self.said]

