@@ -23,7 +23,7 @@ demo test: export HF_HUB_OFFLINE = 1
 .PHONY: help demo test lint clean
 
 help:
-	@echo "make demo    classify 320 sentences, multiplexed and not, and compare"
+	@echo "make demo    classify sentences with a pretrained LLaMA, multiplexed and not"
 	@echo "make test    the test suite without what is marked slow"
 	@echo "make lint    ruff, mypy, the order of the rooms, and declared dependencies"
 	@echo "make clean   remove caches and build output; $(VENV) stays"

@@ -31,6 +31,7 @@ from transformers import (
     set_seed,
 )
 
+from revmux_vllm import checkpoint as checkpoints
 from revmux_vllm.assembly import (
     CLASSIFIER_FOLDER,
     RECIPE_FILE,
@@ -39,10 +40,13 @@ from revmux_vllm.assembly import (
     find_wheel,
 )
 from revmux_vllm.training import data as data_files
+from revmux_vllm.training.card import front_matter, model_card
 from revmux_vllm.training.features import tokenize
+from revmux_vllm.training.plot import PLOT_FILE, plot_report
 
 app = typer.Typer(help=__doc__, rich_markup_mode="markdown")
 
+LANGUAGE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 NOT_BUNDLED = ("model.safetensors", "tokenizer*", "chat_template*", "training-*")
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SENTENCE_WORDS, PHRASE_WORDS = 20, 3
@@ -203,6 +207,12 @@ def bundle(
     shutil.copytree(updates, output / CLASSIFIER_FOLDER, ignore=shutil.ignore_patterns("README.md"))
     text = json.dumps(asdict(recipe(labels)), indent=2) + "\n"
     (output / RECIPE_FILE).write_text(text, encoding="utf-8")
+    config, values = checkpoints.read_config(output)
+    report = checkpoints.read_report(output)
+    layers = values["num_hidden_layers"]
+    card = model_card(output.name, front_matter(LANGUAGE_MODEL), config, layers, report)
+    checkpoints.write_card(output, card, report)
+    plot_report(report, output / PLOT_FILE, output.name)
 
 
 if __name__ == "__main__":

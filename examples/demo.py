@@ -3,7 +3,7 @@
 Two servers of the same backbone, the bundled model under an accuracy contract and its backbone
 alone under vLLM's own class, get the same bursts by turns; each waits for the other to fall idle,
 so both see the same machine. Then a third server, which runs everything in composites, does the
-same in a round of its own. The first round of every server warms it up.
+same with half of the sentences. A few of them warm every server up.
 """
 
 import asyncio
@@ -44,6 +44,8 @@ from revmux_vllm.terminal import AsJson, unwound_on_sigterm
 # vLLM's workers spin for a second after their last step (shm_broadcast.py, SpinCondition).
 PAUSE_S = 1.5
 SENTENCES = Path(__file__).with_name("sentences.txt")
+WARM_UP = 8
+"""Sentences that every server gets first."""
 LOAD, COMPOSITES = "under load", "in composites"
 
 progress_console = Console(stderr=True)
@@ -132,7 +134,7 @@ class Demo:
         self.layers = config.prefill_layers, values["num_hidden_layers"]
         self.composites = [rung for rung in config.rungs if rung == Rung(mux=rung.mux)]
         tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-        self.prompts: list[list[int]] = [tokenizer(text)["input_ids"] for text in texts]
+        self.prompts: dict[str, list[int]] = {text: tokenizer(text)["input_ids"] for text in texts}
 
     def run(self) -> dict[str, Comparison]:
         """Start the servers, measure, and stop them whatever happens."""
@@ -140,23 +142,26 @@ class Demo:
         args = self.server_args
         with server_pair(self.model, args, self.options) as (ours, plain):
             wait_for((ours, plain), progress_console)
-            found[LOAD] = self._compare((ours, plain), LOAD)
+            found[LOAD] = self._compare((ours, plain), LOAD, self.texts)
             if self.composites:
                 options = {"revmux": {"policy": f"fixed:{self.composites[0]}"}}
                 with multiplexed_server(self.model, args, options) as fixed:
                     wait_for((fixed,), progress_console)
-                    found[COMPOSITES] = self._compare((fixed, plain), COMPOSITES)
+                    found[COMPOSITES] = self._compare((fixed, plain), COMPOSITES, self.texts[::2])
         return found
 
-    def _compare(self, servers: Sequence[LocalServer], what: str) -> Comparison:
+    def _compare(
+        self, servers: Sequence[LocalServer], what: str, texts: Sequence[str]
+    ) -> Comparison:
         try:
-            return asyncio.run(self._measure([server.base_url for server in servers], what))
+            return asyncio.run(self._measure([server.base_url for server in servers], what, texts))
         except (aiohttp.ClientError, TimeoutError) as error:
             check_alive(servers)
             raise ServerError(f"a request was not answered: {error!r}") from error
 
-    async def _measure(self, urls: Sequence[str], what: str) -> Comparison:
-        """A round to warm up, then ``rounds`` in alternating order."""
+    async def _measure(self, urls: Sequence[str], what: str, texts: Sequence[str]) -> Comparison:
+        """A few texts to warm up, then ``rounds`` in alternating order."""
+        prompts = [self.prompts[text] for text in texts]
         answers: list[list[Answer]] = [[], []]
         rates: list[list[float]] = [[], []]
         engine_rates: list[list[float]] = [[], []]
@@ -167,21 +172,20 @@ class Demo:
             ]
             bar = progress_bar(progress_console, BarColumn(), MofNCompleteColumn())
             progress = stack.enter_context(bar)
-            description = f"{len(self.texts)} sentences, {what} and plain"
-            task = progress.add_task(description, total=2 * (self.rounds + 1))
+            description = f"{len(texts)} sentences, {what} and plain"
+            task = progress.add_task(description, total=2 * self.rounds)
             for target in targets:
-                await target.burst(self.texts)
-                await target.batch(self.prompts)
-                progress.advance(task)
+                await target.burst(texts[:WARM_UP])
+                await target.batch(prompts[:WARM_UP])
             before = await targets[0].rung_counts()
             for number in range(self.rounds):
                 for i in (0, 1) if number % 2 == 0 else (1, 0):
                     await asyncio.sleep(PAUSE_S)
-                    answers[i], rate = await targets[i].burst(self.texts)
+                    answers[i], rate = await targets[i].burst(texts)
                     rates[i].append(rate)
-                    engine_rates[i].append(await targets[i].batch(self.prompts))
+                    engine_rates[i].append(await targets[i].batch(prompts))
                     progress.advance(task)
-            asked = 2 * self.rounds * len(self.texts)
+            asked = 2 * self.rounds * len(texts)
             counts = await targets[0].rung_counts_since(before, asked)
         limit = mixed_layer_limit(counts, *self.layers)
         return Comparison(*answers, *rates, *engine_rates, counts, limit)
@@ -219,7 +223,8 @@ def print_measurements(console: Console, found: dict[str, Comparison], path: Pat
     add("mean |p - p of plain vLLM|", lambda one: f"{one.distance:.3f}")
     console.print(table)
     console.print(
-        f"{len(some[0].answers)} sentences at once, medians of {len(some[0].rates)} rounds. "
+        f"{' and '.join(str(len(one.answers)) for one in some)} sentences at once, medians of "
+        f"{len(some[0].rates)} rounds. "
         f"Plot written to {path}",
         soft_wrap=True,
     )
@@ -238,8 +243,8 @@ def over_http(one: Comparison) -> str:
 
 
 def main(
-    model: Annotated[str, typer.Option(help="Bundled name.")] = "revmux-llama",
-    sentences: Annotated[int, typer.Option(min=8, help="Of every burst; 320 at most.")] = 320,
+    model: Annotated[str, typer.Option(help="Bundled name.")] = "revmux-smollm2",
+    sentences: Annotated[int, typer.Option(min=8, help="Of every burst; 320 at most.")] = 40,
     rounds: Annotated[int, typer.Option(min=5, help="Measured bursts to each server.")] = 5,
     concurrency: Annotated[int, typer.Option(min=1, help="Requests under way at once.")] = 128,
     agreement: Annotated[

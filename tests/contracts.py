@@ -82,11 +82,15 @@ def check_contract(
     promised: Promised,
     read: Callable[[torch.Tensor], torch.Tensor] = lambda logits: logits.softmax(-1),
     tolerance: float = 1e-4,
+    batches: Sequence[tuple[int, int]] = ((0, 1), (2, 48)),
 ) -> None:
-    """Every request leaves where the reference does, with its answer; some ask for the exact."""
+    """Every request leaves where the reference does, with its answer; some ask for the exact.
+
+    ``batches``: seed and requests of each.
+    """
     engine.planner.fix((Rung(sure=True),))
     places: set[int] = set()
-    for seed, count in ((0, 1), (2, 48)):
+    for seed, count in batches:
         prompts = random_prompts(seed, count)
         salts = ["exact" if i % 7 == 3 else f"tenant-{i % 2}" for i in range(count)]
         engine.planner.counts.clear()
@@ -106,7 +110,8 @@ def check_contract(
             places_left = torch.bincount(left.place[~exact], minlength=len(names)).tolist()
             assert counted == places_left
         places |= set(left.place[~exact].tolist())
-    assert places == set(range(len(promised.stops) + 1)), "rows no longer leave everywhere"
+    everywhere = set(range(len(promised.stops) + 1))
+    assert places == everywhere, "rows no longer leave everywhere"
 
 
 def check_shadows(engine: RecordingEngine, promised: Promised) -> None:

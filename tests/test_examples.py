@@ -123,10 +123,10 @@ def test_the_demo(tmp_path: Path) -> None:
     command += ["--agreement", "0", "--enforce-eager"]
     done = json.loads(run_example(*command, "--sentences", "16", "--plot", str(plot)))
     loaded, composites = done["under load"], done["in composites"]
-    assert composites["rung_counts"]["mux:2"] > 100
+    assert composites["rung_counts"]["mux:2"] > 50
     assert loaded["agreement"] >= 0.8
-    for one in (loaded, composites):
-        assert len(one["answers"]) == 16
+    for one, count in ((loaded, 16), (composites, 8)):
+        assert len(one["answers"]) == count
         assert one["ratio"] > 0
         assert one["engine_ratio"] > 0
     assert plot.read_bytes().startswith(b"\x89PNG")

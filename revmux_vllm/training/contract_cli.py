@@ -1,6 +1,7 @@
 """``revmux calibrate``: its options. What it needs is imported when it runs."""
 
 import json
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 from sys import stderr
 from typing import Annotated
@@ -24,8 +25,12 @@ def calibrate(
         ),
     ],
     agreement: Annotated[
-        float, typer.Option(help="Share of the answers that must be the backbone's own.")
-    ] = 0.99,
+        str,
+        typer.Option(
+            help="Share of the answers that must be the backbone's own; several, with commas "
+            "between, are several contracts."
+        ),
+    ] = "0.99",
     confidence: Annotated[
         float, typer.Option(help="With which it must hold for text like this.")
     ] = 0.95,
@@ -50,33 +55,42 @@ def calibrate(
 ) -> None:
     """Promise an accuracy: find after which layers a request may leave, and how sure it must be.
 
-    Example: `revmux calibrate my-revmux --data fresh.tsv --agreement 0.99`. The promise is kept in
-    the checkpoint; `revmux eval` measures it on other rows.
+    Example: `revmux calibrate my-revmux --data fresh.tsv --agreement 0.98,0.99`. The promises are
+    kept in the checkpoint; `revmux eval` measures them on other rows.
     """
     with mendable_errors(), redirect_stdout(stderr):
         require("accelerate", "psutil", "sklearn", extra="train")
-        _check_terms(agreement, confidence, probability)
+        agreements = _read_shares(agreement)
+        _check_terms(agreements, confidence, probability)
         quiet()
         from revmux_vllm.training.contract import Terms
         from revmux_vllm.training.measure import calibrate
 
-        terms = Terms(agreement, confidence, probability, per_class)
-        contract = calibrate(
+        terms = [Terms(share, confidence, probability, per_class) for share in agreements]
+        contracts = calibrate(
             folder, data, terms, text_columns=split(text_columns), max_tokens=max_tokens
         )
     if as_json:
-        print(json.dumps(contract.to_dict()))
+        print(json.dumps([contract.to_dict() for contract in contracts]))
         return
     console = make_console()
-    console.print(contract_table(contract))
+    for contract in contracts:
+        console.print(contract_table(contract))
     console.print(f"kept in {folder}; measure it: revmux eval {folder} --eval ROWS", soft_wrap=True)
 
 
-def _check_terms(agreement: float, confidence: float, probability: float | None) -> None:
-    shares = {"agreement": agreement, "confidence": confidence}
+def _read_shares(text: str) -> list[float]:
+    try:
+        return [float(share) for share in text.split(",")]
+    except ValueError as error:
+        raise UserError("`agreement`", expected="shares like 0.98,0.99", found=text) from error
+
+
+def _check_terms(agreements: Sequence[float], confidence: float, probability: float | None) -> None:
+    shares = [*(("agreement", share) for share in agreements), ("confidence", confidence)]
     mistakes = [
         UserError(f"`{name}`", expected="above 0 and below 1", found=value)
-        for name, value in shares.items()
+        for name, value in shares
         if not 0 < value < 1
     ]
     if probability is not None and not 0 < probability <= 1:

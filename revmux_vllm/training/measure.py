@@ -98,17 +98,17 @@ def measure(
 def calibrate(
     folder: Path,
     rows: str,
-    terms: Terms,
+    terms: Sequence[Terms],
     *,
     text_columns: Sequence[str] | None,
     max_tokens: int,
-) -> Contract:
-    """Calibrate a checkpoint for a promise, on ``rows``, and keep it there.
+) -> list[Contract]:
+    """Calibrate a checkpoint for some promises, on ``rows``, and keep them there.
 
     Args:
         folder: checkpoint, or a bundled name.
         rows: file or hub data set; labels are not needed.
-        terms: what to promise.
+        terms: of each promise.
         text_columns: see ``data.read_rows``.
         max_tokens: longer rows are cut.
 
@@ -122,9 +122,10 @@ def calibrate(
     costs = Costs(subject.backbone, round(subject.features.lengths.float().mean().item()))
     shares = costs.until_stops([subject.ladder[stop] for stop in stops])
     seen = observe(subject.backbone, subject.ladder, subject.features, stops)
-    contract = contracts.calibrate(seen, stops, shares, terms)
-    checkpoint.write_contract(subject.folder, contract)
-    return contract
+    found = [contracts.calibrate(seen, stops, shares, own) for own in terms]
+    for contract in found:
+        checkpoint.write_contract(subject.folder, contract)
+    return found
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ByCrowd, RecordingEngine, make_tiny_checkpoint, random_prompts
+from contracts import UNDER_CONTRACT, Promised, check_contract
 from test_parity import ALL, FLOAT32_TOLERANCE, MIXED, reference_of
 
 from revmux_vllm.rungs import parse_rungs
@@ -41,7 +42,8 @@ def pytest_with_v2(*arguments: str) -> str:
 @pytest.mark.skipif(not inside, reason="runs in the pytest that test_one_mixed_step starts")
 def test_inside_mixed_step(tmp_path: Path, make_engine: Callable[..., RecordingEngine]) -> None:
     folder = make_tiny_checkpoint(tmp_path, rungs=ALL)
-    engine, reference = make_engine(folder), reference_of(folder)
+    promised = Promised(folder)
+    engine, reference = make_engine(folder, **UNDER_CONTRACT), reference_of(folder)
     assert engine.llm.llm_engine.vllm_config.use_v2_model_runner
     engine.planner.policy = ByCrowd(parse_rungs(MIXED.split(",")))
     prompts = random_prompts(3, 13, longest=40)
@@ -50,6 +52,7 @@ def test_inside_mixed_step(tmp_path: Path, make_engine: Callable[..., RecordingE
     assert (probs - reference(prompts, groups, rungs)).abs().max() <= FLOAT32_TOLERANCE
     # vLLM's asynchronous output hides what is set on it; the times arrive all the same.
     assert engine.planner.costs.known
+    check_contract(engine, promised, batches=[(2, 20)])
     engine.planner.policy = ByCrowd(())
     alone, groups, rungs = engine.answers(prompts[:3])
     assert {str(rung) for rung in rungs} == {"alone"}

@@ -129,17 +129,21 @@ def test_the_command(train: Train, tmp_path: Path) -> None:
     out = tmp_path / "out"
     few = revmux(f"calibrate {out} --data {dev}")
     assert "--data: 32 rows test the promise" in " ".join(few.output.split())
-    result = revmux(f"calibrate {out} --data {rows} --agreement 0.7 --json")
+    result = revmux(f"calibrate {out} --data {rows} --agreement 0.6,0.7 --json")
     assert result.exit_code == 0, result.output
-    (contract,) = checkpoint.read_contracts(out)
-    assert json.loads(result.stdout) == json.loads(json.dumps(contract.to_dict()))
+    loose, contract = checkpoint.read_contracts(out)
+    assert (loose.agreement, contract.agreement) == (0.6, 0.7)
+    both = [loose.to_dict(), contract.to_dict()]
+    assert json.loads(result.stdout) == json.loads(json.dumps(both))
     assert [str(stop) for stop in contract.stops] == ["exit", "exit@2", "exit@3"]
     shown = revmux(f"calibrate {out} --data {rows} --agreement 0.7").stdout
     assert "leave there" in shown
     report = json.loads(revmux(f"eval {out} --eval {dev} --json").stdout)
-    (row,) = report["contracts"]
+    _, row = report["contracts"]
     assert (row["name"], row["agreement_promised"]) == ("70 %", 0.7)
     assert sum(row["shares"].values()) == pytest.approx(1)
+    odd = revmux(f"calibrate {out} --data {rows} --agreement most")
+    assert "--agreement most: expected shares like 0.98,0.99" in " ".join(odd.output.split())
     bad = revmux(f"calibrate {out} --data {rows} --agreement 1.5")
     assert "--agreement 1.5: expected above 0 and below 1" in bad.output
     assert train("--rungs exit,merge:2").exit_code == 0
