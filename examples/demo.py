@@ -3,7 +3,10 @@
 Two servers of the same backbone, the bundled model under an accuracy contract and its backbone
 alone under vLLM's own class, get the same bursts by turns; each waits for the other to fall idle,
 so both see the same machine. Then a third server, which runs everything in composites, does the
-same with half of the sentences. A few of them warm every server up.
+same with half of the sentences. A few of them warm every server up, and say how many the others
+may be.
+
+On CPUs nothing is compiled, for vLLM's compiler generates no code there and takes its time.
 """
 
 import asyncio
@@ -37,6 +40,7 @@ from revmux_vllm.bench.servers import (
     wait_for,
 )
 from revmux_vllm.bundled import resolve
+from revmux_vllm.engine.platform import is_cpu
 from revmux_vllm.errors import UserError
 from revmux_vllm.rungs import Rung
 from revmux_vllm.terminal import AsJson, unwound_on_sigterm
@@ -44,8 +48,10 @@ from revmux_vllm.terminal import AsJson, unwound_on_sigterm
 # vLLM's workers spin for a second after their last step (shm_broadcast.py, SpinCondition).
 PAUSE_S = 1.5
 SENTENCES = Path(__file__).with_name("sentences.txt")
-WARM_UP = 8
+WARM_UP = 16
 """Sentences that every server gets first."""
+FEWEST, BURST_S = 40, 3.0
+"""Unless told otherwise a burst is what the plain backbone answers in so many seconds."""
 LOAD, COMPOSITES = "under load", "in composites"
 
 progress_console = Console(stderr=True)
@@ -107,7 +113,8 @@ class Demo:
 
     Args:
         model: bundled name or checkpoint folder.
-        texts: sentences of every burst.
+        texts: sentences to choose from.
+        count: sentences of every burst; None: by how fast the plain backbone is.
         rounds: measured bursts to each server.
         concurrency: requests under way at once.
         agreement: that the bundled model's contract promises; None: it uses rungs, with none.
@@ -119,13 +126,15 @@ class Demo:
         self,
         model: str,
         texts: list[str],
+        count: int | None,
         rounds: int,
         concurrency: int,
         agreement: float | None,
         min_agreement: float,
         server_args: Sequence[str] = (),
     ) -> None:
-        self.model, self.texts, self.rounds, self.concurrency = model, texts, rounds, concurrency
+        self.model, self.rounds, self.concurrency = model, rounds, concurrency
+        self.texts, self.count = texts, count
         self.server_args = server_args
         keeps = {"min_agreement": min_agreement} if agreement is None else {"agreement": agreement}
         self.options = {"revmux": keeps}
@@ -142,26 +151,23 @@ class Demo:
         args = self.server_args
         with server_pair(self.model, args, self.options) as (ours, plain):
             wait_for((ours, plain), progress_console)
-            found[LOAD] = self._compare((ours, plain), LOAD, self.texts)
+            found[LOAD] = self._compare((ours, plain), LOAD, share=1)
             if self.composites:
                 options = {"revmux": {"policy": f"fixed:{self.composites[0]}"}}
                 with multiplexed_server(self.model, args, options) as fixed:
                     wait_for((fixed,), progress_console)
-                    found[COMPOSITES] = self._compare((fixed, plain), COMPOSITES, self.texts[::2])
+                    found[COMPOSITES] = self._compare((fixed, plain), COMPOSITES, share=2)
         return found
 
-    def _compare(
-        self, servers: Sequence[LocalServer], what: str, texts: Sequence[str]
-    ) -> Comparison:
+    def _compare(self, servers: Sequence[LocalServer], what: str, share: int) -> Comparison:
         try:
-            return asyncio.run(self._measure([server.base_url for server in servers], what, texts))
+            return asyncio.run(self._measure([server.base_url for server in servers], what, share))
         except (aiohttp.ClientError, TimeoutError) as error:
             check_alive(servers)
             raise ServerError(f"a request was not answered: {error!r}") from error
 
-    async def _measure(self, urls: Sequence[str], what: str, texts: Sequence[str]) -> Comparison:
-        """A few texts to warm up, then ``rounds`` in alternating order."""
-        prompts = [self.prompts[text] for text in texts]
+    async def _measure(self, urls: Sequence[str], what: str, share: int) -> Comparison:
+        """A few texts to warm up, then ``rounds`` in alternating order, of one in ``share``."""
         answers: list[list[Answer]] = [[], []]
         rates: list[list[float]] = [[], []]
         engine_rates: list[list[float]] = [[], []]
@@ -170,13 +176,16 @@ class Demo:
                 await stack.enter_async_context(Target(url, name, self.concurrency))
                 for url, name in zip(urls, (self.model, PLAIN), strict=True)
             ]
+            for target in targets:
+                await target.burst(self.texts[:WARM_UP])
+                rate = await target.batch([self.prompts[text] for text in self.texts[:WARM_UP]])
+            self.count = self.count or max(FEWEST, round(BURST_S * rate))
+            texts = spread(self.texts, self.count)[::share]
+            prompts = [self.prompts[text] for text in texts]
             bar = progress_bar(progress_console, BarColumn(), MofNCompleteColumn())
             progress = stack.enter_context(bar)
             description = f"{len(texts)} sentences, {what} and plain"
             task = progress.add_task(description, total=2 * self.rounds)
-            for target in targets:
-                await target.burst(texts[:WARM_UP])
-                await target.batch(prompts[:WARM_UP])
             before = await targets[0].rung_counts()
             for number in range(self.rounds):
                 for i in (0, 1) if number % 2 == 0 else (1, 0):
@@ -189,6 +198,11 @@ class Demo:
             counts = await targets[0].rung_counts_since(before, asked)
         limit = mixed_layer_limit(counts, *self.layers)
         return Comparison(*answers, *rates, *engine_rates, counts, limit)
+
+
+def spread(texts: list[str], count: int) -> list[str]:
+    """So many of the texts, evenly chosen."""
+    return texts[:: max(1, len(texts) // count)][:count]
 
 
 def print_answers(console: Console, texts: list[str], found: Comparison, rows: int) -> None:
@@ -244,32 +258,38 @@ def over_http(one: Comparison) -> str:
 
 def main(
     model: Annotated[str, typer.Option(help="Bundled name.")] = "revmux-smollm2",
-    sentences: Annotated[int, typer.Option(min=8, help="Of every burst; 320 at most.")] = 40,
+    sentences: Annotated[
+        int | None,
+        typer.Option(
+            min=8,
+            help="Of every burst; 320 at most. Default: what plain vLLM does in 3 s, 40 at least.",
+        ),
+    ] = None,
     rounds: Annotated[int, typer.Option(min=5, help="Measured bursts to each server.")] = 5,
     concurrency: Annotated[int, typer.Option(min=1, help="Requests under way at once.")] = 128,
     agreement: Annotated[
         float, typer.Option(help="That the accuracy contract promises; 0: use rungs, with none.")
-    ] = 0.98,
+    ] = 0.95,
     min_agreement: Annotated[
         float, typer.Option(help="Measured agreement of the rungs, where there is no contract.")
     ] = 0.96,
     enforce_eager: Annotated[
-        bool,
-        typer.Option("--enforce-eager", help="Compile nothing: starts sooner and runs slower."),
-    ] = False,
+        bool | None, typer.Option(help="Compile nothing. Default: on CPUs.")
+    ] = None,
     rows: Annotated[int, typer.Option(min=1, help="Sentences to show.")] = 12,
     plot: Annotated[Path, typer.Option(help="Picture to write.")] = Path("demo.png"),
     as_json: AsJson = False,
 ) -> None:
     """Classify sentences with a bundled model and with its backbone alone, and compare."""
     texts = SENTENCES.read_text(encoding="utf-8").splitlines()
-    texts = texts[:: max(1, len(texts) // sentences)][:sentences]
     try:
         with unwound_on_sigterm():
-            args = ["--enforce-eager"] if enforce_eager else []
+            eager = is_cpu() if enforce_eager is None else enforce_eager
+            args = ["--enforce-eager"] if eager else []
             promise = agreement or None
-            demo = Demo(model, texts, rounds, concurrency, promise, min_agreement, args)
+            demo = Demo(model, texts, sentences, rounds, concurrency, promise, min_agreement, args)
             found = demo.run()
+        texts = spread(texts, demo.count or FEWEST)
     except (ServerError, UserError) as error:
         progress_console.print(str(error), style="red", markup=False, highlight=False)
         raise typer.Exit(1) from error

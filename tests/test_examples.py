@@ -120,7 +120,7 @@ def test_the_demo(tmp_path: Path) -> None:
     """Of the small model, and a few sentences."""
     plot = tmp_path / "demo.png"
     command = [sys.executable, str(EXAMPLES / "demo.py"), "--model", "revmux-llama", "--json"]
-    command += ["--agreement", "0", "--enforce-eager"]
+    command += ["--agreement", "0"]
     done = json.loads(run_example(*command, "--sentences", "16", "--plot", str(plot)))
     loaded, composites = done["under load"], done["in composites"]
     assert composites["rung_counts"]["mux:2"] > 50

@@ -9,12 +9,13 @@ def is_cpu() -> bool:
 
 
 def native_dtype() -> str:
-    """``float32`` on a CPU without bfloat16 instructions, where bfloat16 is several times slower.
+    """``bfloat16`` on a CPU with instructions for it, else ``float32``: there it is much slower.
 
-    Elsewhere ``auto``, which is the checkpoint's own.
+    Of a checkpoint in float32 ``auto`` would make float16, which a CPU computes slowest. Elsewhere
+    ``auto``: the checkpoint's own, or float16.
     """
     import torch
 
     if not is_cpu():
         return "auto"
-    return "auto" if torch.cpu._is_avx512_bf16_supported() else "float32"
+    return "bfloat16" if torch.cpu._is_avx512_bf16_supported() else "float32"
