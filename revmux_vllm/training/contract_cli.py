@@ -15,6 +15,7 @@ from revmux_vllm.training.options import TrainOptions
 from revmux_vllm.training.tables import contract_table
 
 
+# Long because every option stands here with its help.
 def calibrate(
     folder: Folder,
     data: Annotated[

@@ -36,7 +36,7 @@ def folder() -> Path:
 
 @pytest.fixture(scope="module")
 def server(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
-    options = json.dumps({"revmux": {"agreement": AGREEMENT}})
+    options = json.dumps({"revmux": {"agreement": AGREEMENT, "policy": "fixed:contract"}})
     args = ["--enforce-eager", "--dtype", "float32", "--additional-config", options]
     with pytest.MonkeyPatch.context() as patch, untouched():
         patch.chdir(tmp_path_factory.mktemp("anywhere"))

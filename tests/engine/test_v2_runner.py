@@ -52,7 +52,7 @@ def test_inside_mixed_step(tmp_path: Path, make_engine: Callable[..., RecordingE
     assert (probs - reference(prompts, groups, rungs)).abs().max() <= FLOAT32_TOLERANCE
     # vLLM's asynchronous output hides what is set on it; the times arrive all the same.
     assert engine.planner.costs.known
-    check_contract(engine, promised, batches=[(2, 20)])
+    check_contract(engine, promised, batches=[(2, 48)])
     engine.planner.policy = ByCrowd(())
     alone, groups, rungs = engine.answers(prompts[:3])
     assert {str(rung) for rung in rungs} == {"alone"}
