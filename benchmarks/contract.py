@@ -27,8 +27,7 @@ from scipy.stats import binom
 from revmux_vllm.terminal import AsJson
 from revmux_vllm.training import cascade, measure
 from revmux_vllm.training import contract as contracts
-from revmux_vllm.training.contract import Seen, Terms, observe, stops_of, walk
-from revmux_vllm.training.cost import Costs
+from revmux_vllm.training.contract import Seen, Terms, walk
 
 AGREEMENTS = "0.95,0.98,0.99,0.995"
 TRIED = 400
@@ -40,7 +39,7 @@ class Stopping:
 
     Args:
         checkpoint: folder or bundled name.
-        rows: files; the first one's mean length counts.
+        rows: files; of the last one the mean length counts.
     """
 
     def __init__(self, checkpoint: Path, rows: list[str]) -> None:
@@ -49,15 +48,8 @@ class Stopping:
             subject = measure.load(
                 checkpoint, name, text_columns=None, label_column=None, max_tokens=256
             )
-            self.stops = stops_of(subject.ladder)
-            tokens = round(subject.features.lengths.float().mean().item())
-            shares = Costs(subject.backbone, tokens).until_stops(
-                [subject.ladder[stop] for stop in self.stops]
-            )
-            self.costs = shares
-            self.seen.append(
-                observe(subject.backbone, subject.ladder, subject.features, self.stops)
-            )
+            self.stops, self.costs, seen = measure.at_stops(subject)
+            self.seen.append(seen)
 
     def by_trust(self, own: Seen, other: Seen, terms: Terms) -> dict[str, float]:
         """Calibrated on ``own``, measured on ``other``."""

@@ -56,10 +56,8 @@ class Passed:
 
     def read(self, adapter: RungAdapter, with_skip: bool = True) -> Tensor:
         """The members' vectors (G, N, D) of one rung of the path."""
-        rows, skip = self.rows.get(adapter.rung.stop), self.skip if with_skip else None
-        if adapter.rung.reads_state:
-            rows, skip = None, self.skip if rows is None else rows
-        vectors = adapter.read(rows, self.stream, skip)
+        rows = self.rows.get(adapter.rung.stop)
+        vectors = adapter.read(rows, self.stream, self.skip if with_skip else None)
         return vectors.unflatten(0, (-1, adapter.rung.mux))
 
 

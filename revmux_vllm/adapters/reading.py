@@ -15,11 +15,11 @@ class Reader(nn.Module, ABC):
 
         Args:
             rows: (M, D), where each member is read: the final states, or the hidden states after
-                the layer where the rung stops; None where the state is all that is read.
+                the layer where the rung stops. None where no upper layer ran. Where
+                ``Rung.reads_state`` (M, 2, D): what ``skip`` is, after that layer.
             stream: (M,) int64, which stream of its composite a member is.
             skip: (M, 2, D), what the prefill layers know of each member: its pooled row, and the
-                mean over its tokens. None: answer without it. Where ``Rung.reads_state``: the same
-                two after the layer where the rung stops.
+                mean over its tokens. None: answer without it.
         """
 
 
@@ -63,8 +63,9 @@ class EarlyReader(Reader):
 
     def forward(self, rows: Tensor | None, stream: Tensor, skip: Tensor | None) -> Tensor:
         """See ``Reader``."""
-        assert skip is not None
-        return self.layers(self.skip_norm(skip).flatten(1))
+        state = skip if rows is None else rows
+        assert state is not None
+        return self.layers(self.skip_norm(state).flatten(1))
 
 
 class ExitHead(nn.Module):

@@ -28,7 +28,7 @@ from revmux_vllm.training.checks import (
     label_names,
     read_tokenizer,
 )
-from revmux_vllm.training.contract import Terms, observe, stops_of
+from revmux_vllm.training.contract import Seen, Terms, observe, stops_of
 from revmux_vllm.training.cost import Costs
 from revmux_vllm.training.device import process_state
 from revmux_vllm.training.evaluate import Groups, Predict, evaluate
@@ -118,10 +118,7 @@ def calibrate(
     subject = load(
         folder, rows, text_columns=text_columns, label_column=None, max_tokens=max_tokens
     )
-    stops = stops_of(subject.ladder)
-    costs = Costs(subject.backbone, round(subject.features.lengths.float().mean().item()))
-    shares = costs.until_stops([subject.ladder[stop] for stop in stops])
-    seen = observe(subject.backbone, subject.ladder, subject.features, stops)
+    stops, shares, seen = at_stops(subject)
     found = [contracts.calibrate(seen, stops, shares, own) for own in terms]
     for contract in found:
         checkpoint.write_contract(subject.folder, contract)
@@ -192,6 +189,14 @@ def load(
         exits = load_exits(folder, hf_config.hidden_size, len(names)).to(device)
     features = extract(backbone, tokenizer, texts, max_tokens, [int(layer) for layer in exits])
     return Subject(folder, backbone, ladder, tokenizer, names, texts, exits, features)
+
+
+def at_stops(subject: Subject) -> tuple[list[Rung], list[float], Seen]:
+    """The stops of a contract, the share of the work until each, and what they say of the rows."""
+    stops = stops_of(subject.ladder)
+    costs = Costs(subject.backbone, round(subject.features.lengths.float().mean().item()))
+    shares = costs.until_stops([subject.ladder[stop] for stop in stops])
+    return stops, shares, observe(subject.backbone, subject.ladder, subject.features, stops)
 
 
 def keep(folder: Path, config: RevMuxConfig, num_layers: int, report: dict[str, Any]) -> None:

@@ -340,10 +340,8 @@ class RevMuxForSequenceClassification(nn.Module, SupportsQuant, ABC):
                 assert rows is not None
                 result[part.pooled_token] = rows
                 continue
-            own, known = None if rows is None else rows.to(self.adapter_dtype), skip[part.sequence]
-            if part.rung.reads_state:
-                own, known = None, known if own is None else own
-            vectors = self.adapters[part.rung].read(own, part.stream, known)
+            own = None if rows is None else rows.to(self.adapter_dtype)
+            vectors = self.adapters[part.rung].read(own, part.stream, skip[part.sequence])
             result[part.pooled_token] = vectors.to(alone.dtype)
         return result
 
