@@ -6,7 +6,9 @@ with the same confidence, and measured on others:
 * trust: what `revmux calibrate` does, a fitted sum of margins and a threshold for every stop;
 * probability: one threshold on the largest probability for all stops, the cascade of the
   literature. It fits nothing, so all rows test it;
-* unbounded: the same, but the least threshold that keeps the agreement on those rows, untested.
+* unbounded: the same, but the least threshold that keeps the agreement on those rows, untested;
+* through merge:N@L, for every such rung: what is not sure after the cut runs merged first, and what
+  is not sure there either climbs: it runs again alone from the cut on, from stop to stop.
 
 `--draws` then calibrates on random halves of all rows together and counts on the other halves.
 """
@@ -23,11 +25,14 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from scipy.stats import binom
+from torch import Tensor
 
+from revmux_vllm.rungs import Rung
 from revmux_vllm.terminal import AsJson
 from revmux_vllm.training import cascade, measure
 from revmux_vllm.training import contract as contracts
 from revmux_vllm.training.contract import Seen, Terms, walk
+from revmux_vllm.training.cost import Costs
 
 AGREEMENTS = "0.95,0.98,0.99,0.995"
 TRIED = 400
@@ -44,17 +49,45 @@ class Stopping:
 
     def __init__(self, checkpoint: Path, rows: list[str]) -> None:
         self.seen: list[Seen] = []
+        self.merged: dict[Rung, list[Tensor]] = {}  # (B, C) that each says of every file's rows
+        self.extra: dict[Rung, float] = {}  # share of the work that each is, from the cut on
         for name in rows:
             subject = measure.load(
                 checkpoint, name, text_columns=None, label_column=None, max_tokens=256
             )
             self.stops, self.costs, seen = measure.at_stops(subject)
             self.seen.append(seen)
+            backbone, ladder, features = subject.backbone, subject.ladder, subject.features
+            counted = Costs(backbone, round(features.lengths.float().mean().item()))
+            self.lower = counted.lower / (counted.lower + counted.upper)
+            for rung in ladder.config.rungs:
+                if rung.mux == 1 and rung.shortening > 1 and rung.stop:
+                    said = contracts.observe(backbone, ladder, features, [rung]).stops[:, 0]
+                    self.merged.setdefault(rung, []).append(said)
+                    self.extra[rung] = 1 / counted.speedup(ladder, rung) - self.lower
 
     def by_trust(self, own: Seen, other: Seen, terms: Terms) -> dict[str, float]:
         """Calibrated on ``own``, measured on ``other``."""
         left = walk(contracts.calibrate(own, self.stops, self.costs, terms), other)
-        return self._row(left.answers, left.place, other)
+        return self._row(left.answers, left.place, other, self.costs)
+
+    def by_climbing(self, rung: Rung, terms: Terms) -> dict[str, float]:
+        """The same over the stop after the cut, ``rung``, and then the other stops."""
+        first = [stop for stop in self.stops if stop.exit]
+        stops = [*first, rung, *self.stops[len(first) :]]
+        extra = self.extra[rung]
+        until = self.costs[len(first) - 1] if first else self.lower
+        costs = [*self.costs[: len(first)], until + extra]
+        costs += [cost + extra for cost in self.costs[len(first) :]]
+        own, other = (
+            Seen(
+                torch.cat([s[:, : len(first)], said[:, None], s[:, len(first) :]], dim=1), seen.own
+            )
+            for seen, said in zip(self.seen, self.merged[rung], strict=True)
+            for s in [seen.stops]
+        )
+        left = walk(contracts.calibrate(own, stops, costs, terms), other)
+        return self._row(left.answers, left.place, other, costs)
 
     def by_probability(
         self, own: Seen, other: Seen, terms: Terms, tested: bool
@@ -73,11 +106,13 @@ class Stopping:
                 break
             chosen = float(threshold)
         walked = cascade.walk(other.stops.softmax(-1), other.own.softmax(-1), chosen)
-        return self._row(walked.answers, walked.place, other)
+        return self._row(walked.answers, walked.place, other, self.costs)
 
-    def _row(self, answers: torch.Tensor, place: torch.Tensor, seen: Seen) -> dict[str, float]:
+    def _row(
+        self, answers: Tensor, place: Tensor, seen: Seen, costs: list[float]
+    ) -> dict[str, float]:
         agreement = (answers.argmax(-1) == seen.own.argmax(-1)).float().mean().item()
-        return {"agreement": agreement, "speedup": cascade.speedup(place, self.costs)}
+        return {"agreement": agreement, "speedup": cascade.speedup(place, costs)}
 
 
 def coverage(stopping: Stopping, terms: Terms, draws: int) -> dict[str, float]:
@@ -119,6 +154,7 @@ def main(
             "trust": stopping.by_trust(own, other, terms),
             "probability": stopping.by_probability(own, other, terms, tested=True),
             "unbounded": stopping.by_probability(own, other, terms, tested=False),
+            **{f"through {rung}": stopping.by_climbing(rung, terms) for rung in stopping.merged},
             **({"draws": coverage(stopping, terms, draws)} if draws else {}),
         }
     if as_json:

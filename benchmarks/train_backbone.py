@@ -40,6 +40,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from revmux_vllm.backbones.loading import label_tokens
 from revmux_vllm.training import data as data_files
+from revmux_vllm.training.device import on_cpu
 from revmux_vllm.training.features import tokenize
 
 app = typer.Typer(help=__doc__, rich_markup_mode="markdown")
@@ -74,10 +75,14 @@ def accuracy(prediction: Any) -> dict[str, float]:
     return {"accuracy": float((logits.argmax(-1) == prediction.label_ids).mean())}
 
 
-def arguments(output: Path, epochs: float, lr: float, batch: int, seed: int) -> TrainingArguments:
+def arguments(
+    output: Path, epochs: float, lr: float, batch: int, seed: int, bf16: bool = False
+) -> TrainingArguments:
     return TrainingArguments(
         output_dir=str(output / "trainer"),
         num_train_epochs=epochs,
+        bf16=bf16,
+        use_cpu=on_cpu(),
         learning_rate=lr,
         weight_decay=0.01,
         warmup_steps=0.06,

@@ -112,6 +112,9 @@ def train(
     learning_rate: Annotated[float, typer.Option(help="At its highest.")] = 5e-4,
     batch_size: Annotated[int, typer.Option(help="Rows per step.")] = 64,
     epochs: Epochs = 2.0,
+    bf16: Annotated[
+        bool, typer.Option("--bf16", help="Mixed precision: twice as fast where there is bfloat16.")
+    ] = False,
     seed: Seed = 0,
 ) -> None:
     """Train the updates and the head."""
@@ -140,7 +143,7 @@ def train(
     trained.print_trainable_parameters()
     trainer = Trainer(
         model=trained,
-        args=arguments(output, epochs, learning_rate, batch_size, seed),
+        args=arguments(output, epochs, learning_rate, batch_size, seed, bf16=bf16),
         train_dataset=encoded(everything.select(chosen[:rows]), tokenizer),
         eval_dataset=encoded(
             data_files.read_rows(data / "dev.tsv", names, need_labels=True), tokenizer

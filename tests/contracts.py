@@ -4,8 +4,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import httpx
 import torch
 from conftest import RecordingEngine, random_prompts
+from prometheus_client.parser import text_string_to_metric_families
 
 from revmux_vllm import checkpoint
 from revmux_vllm.adapters.trust import trust
@@ -75,6 +77,17 @@ class Promised:
             trusts = trust(seen.stops[:, : i + 1], own, torch.tensor(self.contract.biases[i]))
             near |= (trusts - least).abs() < CLOSE
         return near
+
+
+def samples(base_url: str, name: str, label: str = "") -> dict[str, float]:
+    """Values of a server's metric by one of its labels."""
+    page = httpx.get(f"{base_url}/metrics", timeout=30).text
+    return {
+        sample.labels.get(label, ""): sample.value
+        for family in text_string_to_metric_families(page)
+        for sample in family.samples
+        if sample.name == name
+    }
 
 
 def check_contract(

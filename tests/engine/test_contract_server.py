@@ -9,8 +9,7 @@ from pathlib import Path
 import httpx
 import pytest
 from conftest import make_tiny_checkpoint
-from contracts import AGREEMENT, Promised
-from prometheus_client.parser import text_string_to_metric_families
+from contracts import AGREEMENT, Promised, samples
 
 from revmux_vllm.bench.local_server import LocalServer
 from revmux_vllm.engine.environment import untouched
@@ -36,34 +35,24 @@ def server(folder: Path) -> Iterator[LocalServer]:
         yield running
 
 
-def samples(server: LocalServer, name: str, label: str) -> dict[str, float]:
-    page = httpx.get(f"{server.base_url}/metrics", timeout=30).text
-    return {
-        sample.labels.get(label, ""): sample.value
-        for family in text_string_to_metric_families(page)
-        for sample in family.samples
-        if sample.name == name
-    }
-
-
 def test_what_it_promises_is_said_and_counted(server: LocalServer) -> None:
     assert "RevMUX: accuracy contract 90 %, with confidence 0.95" in server.log_path.read_text()
     texts = [f"w{i % 290 + 5} w{i % 7 + 5} w{i % 31 + 5}" for i in range(NUM_TEXTS)]
     body = {"model": "tiny", "input": texts}
     answer = httpx.post(f"{server.base_url}/classify", json=body, timeout=120).json()
     assert len(answer["data"]) == NUM_TEXTS
-    left = samples(server, "revmux:contract_requests_total", "left")
+    left = samples(server.base_url, "revmux:contract_requests_total", "left")
     assert sum(left.values()) == NUM_TEXTS
     assert set(left) <= {"exit", "exit@2", "exit@3", "alone"}
-    ran = samples(server, "revmux:requests_total", "rung")
+    ran = samples(server.base_url, "revmux:requests_total", "rung")
     assert sum(ran.values()) == NUM_TEXTS
-    shadows = samples(server, "revmux:shadow_requests_total", "answer")
+    shadows = samples(server.base_url, "revmux:shadow_requests_total", "answer")
     assert 0 < sum(shadows.values()) < NUM_TEXTS
     assert ran["alone"] == left.get("alone", 0) + sum(shadows.values()), "they ran to the end"
-    agreement = samples(server, "revmux:contract_agreement", "bound")
+    agreement = samples(server.base_url, "revmux:contract_agreement", "bound")
     assert agreement["estimate"] == shadows["same"] / sum(shadows.values())
     assert 0 <= agreement["low"] < agreement["estimate"] < agreement["high"] <= 1
-    assert samples(server, "revmux:contract_drift", "") != {}
+    assert samples(server.base_url, "revmux:contract_drift", "") != {}
     page = (Path(__file__).parents[2] / "docs/accuracy-contract.md").read_text()
     metrics = httpx.get(f"{server.base_url}/metrics", timeout=30).text
     names = set(re.findall(r"\brevmux:\w+", page))

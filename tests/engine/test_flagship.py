@@ -1,13 +1,16 @@
 """``revmux-smollm2``: put together from a wheel, and served by its name from anywhere."""
 
+import itertools
 import json
 import os
+import random
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import pytest
 import torch
+from contracts import samples
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from revmux_vllm import checkpoint
@@ -16,6 +19,7 @@ from revmux_vllm.bench.local_server import LocalServer
 from revmux_vllm.bench.metrics import parse_rung_counts
 from revmux_vllm.bundled import bundled_checkpoints
 from revmux_vllm.engine.environment import untouched
+from revmux_vllm.planning.watching import WINDOW
 
 NAME = "revmux-smollm2"
 AGREEMENT = 0.98
@@ -36,8 +40,9 @@ def folder() -> Path:
 
 @pytest.fixture(scope="module")
 def server(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
-    options = json.dumps({"revmux": {"agreement": AGREEMENT, "policy": "fixed:contract"}})
-    args = ["--enforce-eager", "--dtype", "float32", "--additional-config", options]
+    options = {"agreement": AGREEMENT, "policy": "fixed:contract", "shadow_rate": 0.1}
+    args = ["--enforce-eager", "--dtype", "float32"]
+    args += ["--additional-config", json.dumps({"revmux": options})]
     with pytest.MonkeyPatch.context() as patch, untouched():
         patch.chdir(tmp_path_factory.mktemp("anywhere"))
         with LocalServer(NAME, args, env=os.environ) as running:
@@ -83,3 +88,29 @@ def test_a_burst_leaves_early(server: LocalServer) -> None:
     assert [item["label"] for item in data[:3]] == ["positive", "negative", "negative"]
     ran = parse_rung_counts(httpx.get(f"{server.base_url}/metrics", timeout=30).text)
     assert sum(count for rung, count in ran.items() if rung.startswith("exit")) > 30, ran
+
+
+def questions(count: int) -> list[str]:
+    """Asked at a help desk: nothing that the contract was calibrated on is like them."""
+    asked = (
+        *("How do I reset {}?", "When will {} be ready?", "Where can I find {} after five?"),
+        *("What does it cost to replace {}?", "Please tell me whether {} was sent on Monday."),
+        *("Does {} need a signature from both of us?", "How long has {} been out of order?"),
+    )
+    things = (
+        *("printer in the hall", "password", "spare key", "second invoice", "tax form", "router"),
+        *("parking permit", "water heater", "lost parcel", "train to the coast", "book"),
+    )
+    whose = ("the", "my", "our", "your", "that", "his", "her")
+    every = [a.format(f"{w} {t}") for a, w, t in itertools.product(asked, whose, things)]
+    return random.Random(0).sample(every, count)
+
+
+def test_texts_of_another_kind_raise_the_alarm(server: LocalServer) -> None:
+    body = {"model": NAME, "input": questions(WINDOW)}
+    httpx.post(f"{server.base_url}/classify", json=body, timeout=600).raise_for_status()
+    assert samples(server.base_url, "revmux:contract_drift")[""] >= 1
+    assert "requests leave elsewhere" in server.log_path.read_text()
+    shadows = samples(server.base_url, "revmux:shadow_requests_total", "answer")
+    assert WINDOW / 50 < sum(shadows.values()) < WINDOW / 5
+    assert samples(server.base_url, "revmux:contract_agreement", "bound")["low"] > 0.8
