@@ -1,7 +1,8 @@
-"""Checkpoints that ship with the package, by name."""
+"""Checkpoints by name: those that ship with the package, and those of the hub."""
 
 from pathlib import Path
 
+from revmux_vllm import hub
 from revmux_vllm.assembly import assembled
 from revmux_vllm.errors import UserError
 
@@ -21,14 +22,16 @@ def bundled_checkpoints() -> dict[str, Path]:
 
 def resolve(name: str | Path) -> Path:
     """A folder: the path itself if there is one of that name, else the bundled checkpoint, which is
-    put together first where it is not whole.
+    put together first where it is not whole, else that of the hub, which is fetched.
 
     Raises:
-        UserError: listing the bundled names.
+        UserError: listing the bundled names, or saying why the hub's cannot be had.
     """
     if Path(name).is_dir():
         return Path(name)
     bundled = bundled_checkpoints()
+    if str(name) not in bundled and hub.is_id(str(name)):
+        return hub.snapshot(str(name))
     if str(name) not in bundled:
         raise UserError(
             f"{name}", "no such folder", cure=f"bundled are {', '.join(bundled) or 'none'}"

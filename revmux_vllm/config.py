@@ -29,6 +29,9 @@ class RevMuxConfig:
         pairs: the texts come in pairs, two in one sequence.
         backbone: folder or hub id of the backbone's weights; None when they lie beside this file.
             A relative path counts from the checkpoint folder.
+        backbone_revision: commit of a backbone on the hub; None of any other.
+        fingerprint: of a backbone in a folder of its own (``checkpoint/fingerprint.py``), or None.
+        max_tokens: longer texts were cut in training; None where nobody noted it.
         format_version: version of the checkpoint format.
 
     Raises:
@@ -43,6 +46,9 @@ class RevMuxConfig:
     label_words: tuple[str, ...] | None = None
     pairs: bool = False
     backbone: str | None = None
+    backbone_revision: str | None = None
+    fingerprint: Mapping[str, Any] | None = None
+    max_tokens: int | None = None
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
@@ -58,6 +64,15 @@ class RevMuxConfig:
             self._mistake_of("label_words", _are_different_words, "at least two different words"),
             self._mistake_of(
                 "backbone", lambda name: name is None or isinstance(name, str), "a path or hub id"
+            ),
+            self._mistake_of(
+                "backbone_revision", lambda name: name is None or isinstance(name, str), "a commit"
+            ),
+            self._mistake_of(
+                "fingerprint", lambda own: own is None or isinstance(own, Mapping), "an object"
+            ),
+            self._mistake_of(
+                "max_tokens", lambda most: most is None or _is_positive_int(most), "at least 1"
             ),
         ]
         if not self.rungs:

@@ -34,7 +34,9 @@ def describe(folder: str | Path) -> dict[str, Any]:
     config = checkpoint.validate(folder)
     _, values = checkpoint.read_config(folder)
     hidden_size, layers = checkpoint.backbone_shape(values)
-    named = checkpoint.backbone_folder(folder)
+    named = checkpoint.named_backbone(folder)
+    if config.backbone_revision:
+        named += f" at {config.backbone_revision}"
     backbone = _count_parameters(folder, config)
     report = checkpoint.read_report(folder)
     rungs = {}
@@ -56,11 +58,13 @@ def describe(folder: str | Path) -> dict[str, Any]:
         "architecture": values["architectures"][0],
         "adapter_type": config.adapter_type,
         "backbone": "in this folder" if config.backbone is None else named,
+        "backbone_fingerprint": (config.fingerprint or {}).get("weights"),
         "backbone_parameters": backbone,
         "backbone_accuracy": report.get("backbone", {}).get("accuracy"),
         "hidden_size": hidden_size,
         "layers": layers,
         "prefill_layers": config.prefill_layers,
+        "max_tokens": config.max_tokens,
         "label_words": list(config.label_words) if config.label_words else None,
         "rungs_in_use": [str(rung) for rung in choice.used],
         "rungs_left_out": {str(rung): why for rung, why in choice.left_out.items()},

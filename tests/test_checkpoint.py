@@ -71,6 +71,23 @@ def test_another_backbone_than_the_named_one_is_refused(tmp_path: Path) -> None:
         checkpoint.validate(folder)
 
 
+def test_another_training_of_the_named_backbone_is_refused(tmp_path: Path) -> None:
+    folder = make_tiny_checkpoint(tmp_path, bundle_backbone=False)
+    backbone = tmp_path / "backbone"
+    trained = load_file(backbone / "model.safetensors")
+    # Written anew by another program, it is the same.
+    save_file(dict(reversed(trained.items())), backbone / "model.safetensors", {"by": "another"})
+    checkpoint.validate(folder)
+    head = trained["score.weight"] + 0.01
+    save_file(trained | {"score.weight": head}, backbone / "model.safetensors")
+    with pytest.raises(ValueError, match=r"not the backbone .*: weights were .*, are .*; name that"):
+        checkpoint.validate(folder)
+    save_file(trained, backbone / "model.safetensors")
+    change_config(backbone, lambda c: c["id2label"].update({"0": "c"}))
+    with pytest.raises(ValueError, match=r"labels were LABEL_0, .* are c, LABEL_1, .*; name that"):
+        checkpoint.validate(folder)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -8,6 +8,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
+from revmux_vllm import hub
 from revmux_vllm.adapters.kinds import AdapterLadder
 from revmux_vllm.checkpoint.files import (
     ADAPTER_FILE,
@@ -16,6 +17,7 @@ from revmux_vllm.checkpoint.files import (
     REPORT_FILE,
     read_json,
 )
+from revmux_vllm.checkpoint.fingerprint import differences, fingerprint
 from revmux_vllm.config import RevMuxConfig, as_key
 from revmux_vllm.errors import UserError, within
 from revmux_vllm.families import family_of
@@ -142,11 +144,11 @@ def validate(folder: str | Path) -> RevMuxConfig:
 
 
 def _check_named_backbone(folder: Path, values: dict[str, Any]) -> None:
-    """A backbone of another shape would fail late, or load in silence: Mistral's names are LLaMA's.
+    """Another backbone would fail late, or answer in silence with what its adapters do not know.
 
-    One on the hub is not asked for.
+    One on the hub is not asked for: it is read at the commit that the adapters were trained on.
     """
-    named = Path(backbone_folder(folder)) / "config.json"
+    named = Path(named_backbone(folder)) / "config.json"
     if named.parent == folder:
         return
     if not named.is_file():
@@ -164,12 +166,18 @@ def _check_named_backbone(folder: Path, values: dict[str, Any]) -> None:
         for key in ("model_type", "hidden_size", "num_hidden_layers", "d_model", "num_layers")
         if key in found and key in values and found[key] != values[key]
     ]
+    config = RevMuxConfig.from_dict(values["revmux"])
+    if not differing and config.fingerprint is not None:
+        own = fingerprint(named.parent)
+        if config.label_words:
+            own["labels"] = None
+        differing = differences(own, dict(config.fingerprint))
     if differing:
         raise UserError(
             f"{folder / 'config.json'}: revmux.backbone",
             f"{named.parent} is not the backbone that the adapters were trained on: "
             + "; ".join(differing),
-            cure="name that one",
+            cure="name that one, or train adapters for this one",
         )
 
 
@@ -194,7 +202,20 @@ def load_adapters(folder: str | Path, dtype: torch.dtype | None = None) -> Adapt
 
 
 def backbone_folder(folder: str | Path) -> str:
-    """Where the backbone's weights are: a folder, or a hub id."""
+    """Where the backbone's weights are; from the hub they are fetched first.
+
+    Raises:
+        UserError: where they cannot be had.
+    """
+    named, config = named_backbone(folder), read_config(folder)[0]
+    if Path(named).is_dir() or Path(named).is_absolute():
+        return named
+    return str(hub.snapshot(named, config.backbone_revision))
+
+
+def named_backbone(folder: str | Path) -> str:
+    """What a checkpoint calls its backbone: a folder, which is its own where it has a copy, or a
+    hub id."""
     config, _ = read_config(folder)
     if config.backbone is None:
         return str(folder)

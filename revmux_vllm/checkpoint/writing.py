@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import save as serialize
 
+from revmux_vllm import hub
 from revmux_vllm.adapters.kinds import AdapterLadder
 from revmux_vllm.checkpoint.files import (
     ADAPTER_FILE,
@@ -17,13 +18,12 @@ from revmux_vllm.checkpoint.files import (
     REPORT_FILE,
     WORK_FOLDER,
 )
+from revmux_vllm.checkpoint.fingerprint import BACKBONE_FILES, fingerprint
 from revmux_vllm.checkpoint.reading import backbone_shape, read_contracts
 from revmux_vllm.config import RevMuxConfig
 from revmux_vllm.errors import UserError, within
 from revmux_vllm.families import family_of
 from revmux_vllm.planning.contract import Contract
-
-BACKBONE_FILES = ("model*.safetensors", "model.safetensors.index.json")
 
 
 def save(
@@ -52,8 +52,7 @@ def save(
 
     folder = Path(folder)
     check_output(folder, backbone, bundle_backbone)
-    named = str(Path(backbone).resolve()) if Path(backbone).is_dir() else str(backbone)
-    config = replace(ladder.config, backbone=None if bundle_backbone else named)
+    config = replace(ladder.config, **_named(backbone, bundle_backbone))
     values = _config_values(config, backbone)
     partial = folder / "partial"
     shutil.rmtree(partial, ignore_errors=True)
@@ -77,6 +76,16 @@ def save(
     partial.rmdir()
     (folder / CONTRACT_FILE).unlink(missing_ok=True)  # of other adapters
     write_card(folder, card, report)
+
+
+def _named(backbone: str | Path, bundle_backbone: bool) -> dict[str, Any]:
+    """How a checkpoint names its backbone, and which one it was."""
+    if bundle_backbone:
+        return {"backbone": None}
+    if Path(backbone).is_dir():
+        folder = Path(backbone).resolve()
+        return {"backbone": str(folder), "fingerprint": fingerprint(folder)}
+    return {"backbone": str(backbone), "backbone_revision": hub.commit_of(str(backbone))}
 
 
 def _config_values(config: RevMuxConfig, backbone: str | Path) -> dict[str, Any]:

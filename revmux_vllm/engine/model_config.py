@@ -42,6 +42,7 @@ class RevMuxModelConfig(VerifyAndUpdateConfig):
         refuse_impossible_options(vllm_config)
         if vllm_config.load_config.load_format != "dummy":
             checkpoint.validate(vllm_config.model_config.model)
+            checkpoint.backbone_folder(vllm_config.model_config.model)  # of the hub: fetched now
         served_options(vllm_config)
         vllm_config.scheduler_config.scheduler_cls = "revmux_vllm.engine.scheduler.RevMuxScheduler"
         vllm_config.parallel_config.worker_cls = "revmux_vllm.engine.worker.RevMuxWorker"

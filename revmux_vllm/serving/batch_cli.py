@@ -9,17 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TimeElapsedColumn
 from rich.table import Table
 
 from revmux_vllm.errors import UserError, require
-from revmux_vllm.terminal import AsJson, fail, make_console, mendable_errors
+from revmux_vllm.terminal import AsJson, Watch, fail, make_console, mendable_errors
 
 if TYPE_CHECKING:
     from revmux_vllm.serving.batch import Partition, Run
     from revmux_vllm.serving.batch_ray import Engines
 
-LINE_EVERY_S = 10.0
 AFTER_A_FAILURE = (
     "The logs of workers are worker-*.err in /tmp/ray/session_latest/logs of their machines. Parts "
     "that are done stay: the same command goes on, with other --llm-args too"
@@ -112,27 +110,6 @@ def read_llm_args(text: str) -> dict[str, Any]:
     return values
 
 
-class Watch:
-    """A bar of rows on a terminal; elsewhere a line now and then."""
-
-    def __init__(self, console: Console, total: int, done: int) -> None:
-        columns = (SpinnerColumn(), "{task.description}", BarColumn(), MofNCompleteColumn())
-        self.console, self.total, self.done, self.next_line = console, total, done, 0.0
-        self.bar = Progress(
-            *columns, TimeElapsedColumn(), console=console, disable=not console.is_terminal
-        )
-        self.task = self.bar.add_task("Starting engines", total=total, completed=done)
-
-    def advance(self, rows: int) -> None:
-        """So many rows more are done."""
-        self.done += rows
-        self.bar.update(self.task, description="Rows classified", completed=self.done)
-        now = time.monotonic()
-        if self.bar.disable and (now >= self.next_line or self.done == self.total):
-            self.console.print(f"{self.done} of {self.total} rows", highlight=False)
-            self.next_line = now + LINE_EVERY_S
-
-
 def work(
     run: "Run",
     partitions: "list[Partition]",
@@ -149,10 +126,10 @@ def work(
     skipped = len(partitions) - len(todo)
     if skipped:
         console.print(f"{skipped} of {len(partitions)} partitions are there already: skipped")
-    watch = Watch(console, run.rows, run.rows - rows)
+    watch = Watch(console, "rows classified", run.rows, run.rows - rows)
     full, started, first = 0, time.time(), float("inf")
     if todo:
-        with ray_cluster(engines.address), watch.bar:
+        with ray_cluster(engines.address), watch:
             for done in classify(run, todo, output, engines):
                 first = min(first, done["began"])
                 full += done["full_length"]

@@ -54,13 +54,14 @@ def model_card(
         num_layers: layers L of the backbone.
         report: what was measured, as ``revmux eval --json`` prints it; may be empty.
     """
+    cut = f" Trained on texts cut at {config.max_tokens} tokens." if config.max_tokens else ""
     lines = [
         f"# {name}",
         "",
         f"RevMUX adapters (`{config.adapter_type}`) over a frozen backbone of {num_layers} layers: "
         f"the first {config.prefill_layers} run on every sequence by itself, the others on "
         f"fewer rows ({', '.join(map(str, config.rungs))}) or on one sequence alone. What a rung "
-        f"runs them on: {in_words()}.",
+        f"runs them on: {in_words()}." + cut,
         "",
         f"Serve it: `vllm serve {name}` with `revmux-vllm` installed.",
         "",

@@ -178,6 +178,7 @@ def _read_rows(
         text_columns=options.text_columns,
         label_column=options.label_column,
         need_labels=need_labels,
+        words=bool(options.label_words),
     )
 
 

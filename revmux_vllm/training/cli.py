@@ -32,7 +32,13 @@ TextColumns = Annotated[
                  "usual names."),
 ]  # fmt: skip
 LabelColumn = Annotated[str | None, typer.Option(help="Column of the label. Default: `label`.")]
-MaxTokens = Annotated[int, typer.Option(help="Longer texts are cut.")]
+MaxTokens = Annotated[
+    int, typer.Option(help="Longer texts are cut; the checkpoint remembers where.")
+]
+AsTrained = Annotated[
+    int | None,
+    typer.Option("--max-tokens", help="Longer texts are cut. Default: where training cut them."),
+]
 
 
 # Long because it declares twenty-odd options with their help; it only reads them.
@@ -193,7 +199,7 @@ def evaluate(
     text_columns: TextColumns = None,
     label_column: LabelColumn = None,
     window: Annotated[int, typer.Option(help="Requests packed together.")] = 64,
-    max_tokens: MaxTokens = TrainOptions.max_tokens,
+    max_tokens: AsTrained = None,
     engine: Annotated[
         bool, typer.Option("--engine", help="Answer through vLLM, not the transformers reference.")
     ] = False,

@@ -10,8 +10,7 @@ import typer
 
 from revmux_vllm.errors import UserError, raise_all, require
 from revmux_vllm.terminal import AsJson, Folder, make_console, mendable_errors
-from revmux_vllm.training.cli import ROWS, MaxTokens, TextColumns, quiet, split
-from revmux_vllm.training.options import TrainOptions
+from revmux_vllm.training.cli import ROWS, AsTrained, TextColumns, quiet, split
 from revmux_vllm.training.tables import contract_table
 
 
@@ -51,7 +50,7 @@ def calibrate(
         ),
     ] = False,
     text_columns: TextColumns = None,
-    max_tokens: MaxTokens = TrainOptions.max_tokens,
+    max_tokens: AsTrained = None,
     as_json: AsJson = False,
 ) -> None:
     """Promise an accuracy: find after which layers a request may leave, and how sure it must be.

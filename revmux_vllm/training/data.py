@@ -8,6 +8,7 @@ from typing import Any
 
 from revmux_vllm.errors import UserError
 from revmux_vllm.training.files import open_rows
+from revmux_vllm.training.labels import Labels
 from revmux_vllm.training.losses import UNLABELLED
 
 TEXT_COLUMNS = (  # pairs first: QNLI has a question beside its sentence
@@ -59,24 +60,29 @@ def read_rows(
     text_columns: Sequence[str] | None = None,
     label_column: str | None = None,
     need_labels: bool = False,
+    words: bool = False,
 ) -> LabelledText:
     """Read a file or a hub data set.
 
     Args:
         source: ``.tsv`` (no quoting), ``.csv``, ``.jsonl`` or ``.parquet``, UTF-8, with column
-            names; or a hub data set as ``NAME:SPLIT`` or ``NAME:CONFIG:SPLIT``.
-        label_names: the backbone's classes in order. A label is an index or one of these names.
+            names; or a hub data set as ``NAME:SPLIT`` or ``NAME:CONFIG:SPLIT``, where a split may
+            be a slice as the datasets library has it, ``train[:1000]``.
+        label_names: the backbone's classes in order. A label is an index or one of these names; an
+            index is one of the data set's own classes where it has names for them.
         text_columns: one column, or two for pairs. Default: the first of ``TEXT_COLUMNS`` there is.
         label_column: default: the first of ``LABEL_COLUMNS`` there is; without one the rows are
             unlabelled.
         need_labels: refuse unlabelled rows.
+        words: ``label_names`` are label words, which need not be the names of any classes.
 
     Raises:
         UserError: naming the file, the row and the cure.
     """
     if text_columns and len(text_columns) > 2:
         raise UserError("`text_columns`", expected="one, or two for pairs", found=text_columns)
-    columns, rows = open_rows(source)
+    table = open_rows(source)
+    columns = table.columns
     texts_at = _choose(source, columns, text_columns, TEXT_COLUMNS, "text_columns")
     label_at = None
     if label_column or need_labels or set(LABEL_COLUMNS) & set(columns):
@@ -85,17 +91,18 @@ def read_rows(
         (label_at,) = _choose(source, columns, named, usual, "label_column")
     texts: list[Any] = []
     labels: list[int] = []
-    kinds: set[type] = set()
-    for number, row in rows:
+    classes = None if label_at is None else table.classes.get(label_at)
+    reader = Labels(label_names, classes, words, f"{source}")
+    for number, row in table.rows:
         place = f"{source}: row {number}"
         texts.append(_text(row, texts_at, place))
-        if label_at is None:
-            labels.append(UNLABELLED)
-        else:
-            labels.append(_label(row[label_at], label_names, kinds, place))
+        labels.append(UNLABELLED if label_at is None else reader.read(row[label_at], place))
+        if need_labels and labels[-1] == UNLABELLED:
+            problem = f"label {row[label_at or '']!r}, which is none"
+            raise UserError(place, problem, cure="drop the row, or give labels to all")
     if not texts:
         raise UserError(f"{source}", "no rows below the header")
-    if label_at is not None and len(set(labels)) < 2:
+    if len(set(labels)) < 2 and labels[0] != UNLABELLED:
         problem = f"all {len(labels)} rows have the label {label_names[labels[0]]!r}"
         cure = "" if need_labels else "to learn from the backbone alone drop the label column"
         raise UserError(f"{source}", f"{problem}; expected at least two classes", cure=cure)
@@ -126,28 +133,6 @@ def _text(row: dict[str, Any], columns: Sequence[str], place: str) -> str | tupl
     if not all(part.strip() for part in text):
         raise UserError(place, "empty text", cure="drop the row")
     return text if len(text) > 1 else text[0]
-
-
-def _label(value: Any, names: Sequence[str], kinds: set[type], place: str) -> int:
-    """The class that ``value`` names; adds to ``kinds`` whether by name or by index."""
-    number = int(value) if isinstance(value, str) and value.isdecimal() else value
-    if isinstance(value, str) and value in names:
-        label = names.index(value)
-        kinds.add(str)
-    elif isinstance(number, int) and not isinstance(number, bool) and 0 <= number < len(names):
-        label = number
-        kinds.add(int)
-    else:
-        raise UserError(
-            place,
-            f"label {value!r}",
-            expected=f"an integer from 0 to {len(names) - 1} or one of the backbone's classes, "
-            + ", ".join(names),
-        )
-    if len(kinds) > 1:
-        cure = "write all of them as indices or all as names"
-        raise UserError(place, f"label {value!r}: mixed label types", cure=cure)
-    return label
 
 
 def split_rows(count: int, share: float, seed: int) -> tuple[list[int], list[int]]:

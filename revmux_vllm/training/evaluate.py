@@ -5,8 +5,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor, nn
 
 from revmux_vllm.adapters.kinds import AdapterLadder
@@ -16,6 +14,7 @@ from revmux_vllm.planning.contract import Contract
 from revmux_vllm.planning.packing import pack_rungs
 from revmux_vllm.reference import run_rung
 from revmux_vllm.rungs import Rung
+from revmux_vllm.terminal import followed
 from revmux_vllm.training import cascade
 from revmux_vllm.training.contract import observe, walk
 from revmux_vllm.training.cost import Costs
@@ -114,7 +113,7 @@ def evaluate(
     # Without a composite the company does not matter: one round is all ten.
     rounds = [(r, s) for r in config.rungs for s in (shuffles if r.mux > 1 else shuffles[:1])]
     answers: dict[Rung, list[Tensor]] = {rung: [] for rung in config.rungs}
-    for rung, parts in track(rounds, "groupings", console=Console(stderr=True)):
+    for rung, parts in followed(rounds, "groupings"):
         groups = group_windows(parts, lengths, config.kind(rung))
         answers[rung].append((answer or reference)(rung, groups, parts))
     report |= _exit_rows(exits, features, own, costs, thresholds or {})

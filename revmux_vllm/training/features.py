@@ -15,13 +15,12 @@ from typing import Any
 
 import psutil
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 
 from revmux_vllm.backbones.base import Backbone, batches_by_length, inside
 from revmux_vllm.errors import UserError
 from revmux_vllm.reference import rows_at, skip_state
+from revmux_vllm.terminal import followed
 from revmux_vllm.training.data import LabelledText
 
 TOKENS_PER_BATCH = 4096
@@ -101,9 +100,7 @@ def extract(
         for layer in exit_layers:
             hook = _keep(seen, layer)
             stack.callback(backbone.layers[layer - 1].register_forward_hook(hook).remove)
-        for index in track(
-            batches, f"backbone over {len(ids):,} rows", console=Console(stderr=True)
-        ):
+        for index in followed(batches, f"backbone over {len(ids):,} rows, batches"):
             own = lengths[index].to(device)
             low = backbone.lower(
                 _pad(ids, index, device), own, None if types is None else _pad(types, index, device)

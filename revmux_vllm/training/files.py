@@ -3,7 +3,9 @@
 import csv
 import io
 import json
+import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,22 @@ from revmux_vllm.errors import UserError, require
 Row = tuple[int, dict[str, Any]]
 """Where it stands in its file, and its fields."""
 
-Table = tuple[list[str], Iterator[Row]]
-"""Column names, and rows that have exactly these columns."""
+_COLON = re.compile(r":(?![^\[]*\])")  # not one inside the brackets of a slice
+
+
+@dataclass(frozen=True)
+class Table:
+    """A data set.
+
+    Attributes:
+        columns: names.
+        rows: that have exactly these columns.
+        classes: of columns whose values are indices into names, these names by column.
+    """
+
+    columns: list[str]
+    rows: Iterator[Row]
+    classes: dict[str, list[str]] = field(default_factory=dict)
 
 
 def open_rows(source: str | Path) -> Table:
@@ -24,7 +40,7 @@ def open_rows(source: str | Path) -> Table:
     """
     path = Path(source)
     if not path.is_file():
-        if ":" in str(source) and path.suffix not in READERS:
+        if _COLON.search(str(source)) and path.suffix not in READERS:
             return _open_hub(str(source))
         raise UserError(f"{source}", "no such file")
     if path.suffix not in READERS:
@@ -84,7 +100,7 @@ def _fields(path: Path, lines: Iterator[tuple[int, list[str]]]) -> Table:
                 )
             yield number, dict(zip(header, fields, strict=True))
 
-    return header, rows()
+    return Table(header, rows())
 
 
 def _read_jsonl(path: Path) -> Table:
@@ -113,7 +129,7 @@ def _read_jsonl(path: Path) -> Table:
                 )
             yield number, dict(row)
 
-    return columns, rows()
+    return Table(columns, rows())
 
 
 def _read_parquet(path: Path) -> Table:
@@ -125,7 +141,15 @@ def _read_parquet(path: Path) -> Table:
         table = pyarrow.parquet.read_table(path)
     except pyarrow.ArrowInvalid as error:
         raise UserError(f"{path}", f"not a Parquet file: {error}") from error
-    return table.column_names, iter(enumerate(table.to_pylist(), 1))
+    # What the datasets library notes of the columns when it writes such a file.
+    noted = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}"))
+    features = noted.get("info", {}).get("features", {})
+    classes = {
+        name: feature["names"]
+        for name, feature in features.items()
+        if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
+    }
+    return Table(table.column_names, iter(enumerate(table.to_pylist(), 1)), classes)
 
 
 READERS = {
@@ -138,12 +162,17 @@ READERS = {
 
 def _open_hub(source: str) -> Table:
     require("datasets", extra="train")
-    from datasets import load_dataset
+    from datasets import ClassLabel, load_dataset
 
-    name, *config, split = source.split(":")
+    name, *config, split = _COLON.split(source)
     try:
         data = load_dataset(name, *config, split=split)
     except Exception as error:  # the hub has many: offline, no such name, no such split, ...
         problem = f"neither a file nor a hub data set that can be read: {error}"
         raise UserError(source, problem) from error
-    return data.column_names, iter(enumerate(data, 1))
+    classes = {
+        name: feature.names
+        for name, feature in data.features.items()
+        if isinstance(feature, ClassLabel)
+    }
+    return Table(data.column_names, iter(enumerate(data, 1)), classes)

@@ -34,6 +34,7 @@ from revmux_vllm.training.device import process_state
 from revmux_vllm.training.evaluate import Groups, Predict, evaluate
 from revmux_vllm.training.exits import load_exits
 from revmux_vllm.training.features import Features, extract, tokenize
+from revmux_vllm.training.options import TrainOptions
 from revmux_vllm.training.plot import PLOT_FILE, plot_report
 
 
@@ -44,7 +45,7 @@ def measure(
     text_columns: Sequence[str] | None,
     label_column: str | None,
     window: int,
-    max_tokens: int,
+    max_tokens: int | None,
     engine: bool,
     save: bool = False,
 ) -> dict[str, Any]:
@@ -55,7 +56,7 @@ def measure(
         rows: file or hub data set with labels.
         text_columns, label_column: see ``data.read_rows``.
         window: requests packed together.
-        max_tokens: longer rows are cut.
+        max_tokens: longer rows are cut; None: where those of the training were.
         engine: let vLLM answer, which must be installed.
         save: keep the report in the checkpoint, for servers and for its model card.
 
@@ -76,7 +77,8 @@ def measure(
     )
     answering: AbstractContextManager[Predict | None] = nullcontext()
     if engine:
-        prompts = tokenize(subject.tokenizer, subject.texts, max_tokens)["input_ids"]
+        encoded = tokenize(subject.tokenizer, subject.texts, subject.max_tokens)
+        prompts = encoded["input_ids"]
         answering = engine_answers(subject.folder, prompts, window)
     with answering as answer:
         report = evaluate(
@@ -101,7 +103,7 @@ def calibrate(
     terms: Sequence[Terms],
     *,
     text_columns: Sequence[str] | None,
-    max_tokens: int,
+    max_tokens: int | None,
 ) -> list[Contract]:
     """Calibrate a checkpoint for some promises, on ``rows``, and keep them there.
 
@@ -133,6 +135,7 @@ class Subject:
         folder: of the checkpoint.
         names: of the classes.
         exits: early exits to measure; none unless they were asked for.
+        max_tokens: longer rows are cut.
     """
 
     folder: Path
@@ -143,6 +146,7 @@ class Subject:
     texts: data.LabelledText
     exits: nn.ModuleDict
     features: Features
+    max_tokens: int
 
 
 def load(
@@ -151,7 +155,7 @@ def load(
     *,
     text_columns: Sequence[str] | None,
     label_column: str | None,
-    max_tokens: int,
+    max_tokens: int | None,
     window: int | None = None,
 ) -> Subject:
     """Everything that measuring needs.
@@ -162,12 +166,13 @@ def load(
     Raises:
         UserError: for a broken checkpoint or unusable rows.
     """
-    if max_tokens < 1:
+    if max_tokens is not None and max_tokens < 1:
         raise UserError("`max_tokens`", expected="at least 1", found=max_tokens)
     folder = bundled.resolve(folder)
     ladder = checkpoint.load_adapters(folder).float()
     config = ladder.config
     hf_config = AutoConfig.from_pretrained(folder)
+    max_tokens = max_tokens or config.max_tokens or TrainOptions.max_tokens
     names = label_names(hf_config, config.label_words)
     texts = data.read_rows(
         rows,
@@ -175,6 +180,7 @@ def load(
         text_columns=text_columns,
         label_column=label_column,
         need_labels=window is not None,
+        words=bool(config.label_words),
     )
     check_pairs(config, texts, rows)
     if window is not None:
@@ -188,7 +194,7 @@ def load(
     if window is not None:
         exits = load_exits(folder, hf_config.hidden_size, len(names)).to(device)
     features = extract(backbone, tokenizer, texts, max_tokens, [int(layer) for layer in exits])
-    return Subject(folder, backbone, ladder, tokenizer, names, texts, exits, features)
+    return Subject(folder, backbone, ladder, tokenizer, names, texts, exits, features, max_tokens)
 
 
 def at_stops(subject: Subject) -> tuple[list[Rung], list[float], Seen]:
@@ -201,7 +207,7 @@ def at_stops(subject: Subject) -> tuple[list[Rung], list[float], Seen]:
 
 def keep(folder: Path, config: RevMuxConfig, num_layers: int, report: dict[str, Any]) -> None:
     """Write a report, and the model card and the plot of it, into a checkpoint folder."""
-    front = front_matter(checkpoint.backbone_folder(folder))
+    front = front_matter(checkpoint.named_backbone(folder))
     card = model_card(folder.name, front, config, num_layers, report)
     checkpoint.write_card(folder, card, report)
     plot_report(report, folder / PLOT_FILE, folder.name)

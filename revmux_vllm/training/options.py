@@ -120,6 +120,7 @@ class TrainOptions:
             skip=self.recipe.skip,
             label_words=self.label_words,
             pairs=pairs,
+            max_tokens=self.max_tokens,
         )
 
     def changes_since(self, before: "TrainOptions") -> list[str]:

@@ -47,7 +47,8 @@ def train(
         folder: of checkpoints and log; what ``work.unfinished`` finds there is continued.
         options: how.
     """
-    callbacks = [JsonLines(folder / work.LOG_FILE), SameOrder(), Progress()]
+    progress = Progress()
+    callbacks = [JsonLines(folder / work.LOG_FILE), SameOrder(), progress]
     if held_out is not None:
         callbacks.append(EarlyStoppingCallback(PATIENCE))
     trainer = Trainer(
@@ -68,6 +69,8 @@ def train(
         if shutil.disk_usage(folder).free > FULL_DISK:
             raise
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
+    finally:
+        progress.close()
     model.ladder.eval()
     model.exits.eval()
 

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -88,7 +89,11 @@ def test_without_a_label_column_rows_are_unlabelled(tmp_path: Path) -> None:
         ("", "row 1: expected the columns .* found nothing"),
         ("label\ttext\n", "no rows below the header"),
         ("label\ttext\n1\tfine\tmore\n", "row 2: expected 2 fields, found 3; replace"),
-        ("label\ttext\n1\tfine\n2\tfine\n", "row 3: label '2': expected an integer from 0 to 1"),
+        (
+            "label\ttext\n1\tfine\n2\tfine\n",
+            "row 3: label '2': expected an integer from 0 to 1 .*; indices begin at 0; if yours",
+        ),
+        ("label\ttext\n1\tfine\n7\tfine\n", "row 3: label '7': .*negative, positive$"),
         ("label\ttext\ngood\tfine\n", "row 2: label 'good': .* negative, positive"),
         ("label\ttext\n1\tfine\nnegative\tbad\n", "row 3: label 'negative': mixed label types"),
         ("label\ttext\n1\t \n", "row 2: empty text"),
@@ -115,7 +120,8 @@ def test_mistakes_are_named(tmp_path: Path, content: str | bytes, message: str) 
             '{"text": "a", "label": 0}\n[1]\n',
             r"row 2: expected an object with column names, found '\[1\]'",
         ),
-        (".jsonl", '{"text": "a", "label": true}\n', "row 1: label True: expected an integer"),
+        (".jsonl", '{"text": "a", "label": [1]}\n', r"row 1: label \[1\]: expected an integer"),
+        (".jsonl", '{"text": "a", "label": 0.5}\n', "row 1: label 0.5: expected an integer"),
         (".jsonl", '{"text": 3, "label": 1}\n', r"row 1: expected text, found \(3,\); write"),
         (".csv", "label,text\n0,a\n1,b,c\n", "row 3: expected 2 fields, found 3; quote"),
         (".csv", 'label,text\n0,a\n1,"b\n0,c\n', "row 3: unexpected end of data; close the quotes"),
@@ -126,6 +132,82 @@ def test_mistakes_are_named(tmp_path: Path, content: str | bytes, message: str) 
 def test_mistakes_of_other_formats(tmp_path: Path, suffix: str, content: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         data.read_rows(write(tmp_path, content, suffix), NAMES)
+
+
+MNLI = ["contradiction", "neutral", "entailment"]
+
+
+def class_label_file(folder: Path, names: list[str], labels: list[int]) -> Path:
+    """Parquet as the datasets library writes it: indices, and the names of the classes beside."""
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=names)}
+    )
+    rows = {"text": [f"row {i}" for i in range(len(labels))], "label": labels}
+    folder.mkdir(exist_ok=True)
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / "train.parquet")
+    return folder / "train.parquet"
+
+
+def test_classes_of_a_data_set_are_the_backbones_of_the_same_name(
+    tmp_path: Path, monkeypatch: Any
+) -> None:
+    """Whatever the order of each, and whatever the format."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    path = class_label_file(
+        tmp_path / "mnli", ["Entailment", "Neutral", "Contradiction"], [0, 1, 2]
+    )
+    expected = [2, 1, 0]
+    assert data.read_rows(path, MNLI).labels == expected
+    assert data.read_rows(f"{path.parent}:train", MNLI).labels == expected
+    assert data.read_rows(f"{path.parent}:train[1:]", MNLI).labels == expected[1:]
+    assert data.read_rows(f"{path.parent}:default:train[:67%]", MNLI).labels == expected[:2]
+    named = "label\ttext\nEntailment\ta\nneutral\tb\nCONTRADICTION\tc\n"
+    assert data.read_rows(write(tmp_path, named), MNLI).labels == expected
+
+
+@pytest.mark.parametrize(
+    ("backbone", "words"),
+    [(["LABEL_0", "LABEL_1"], False), (["bad", "great"], True), (["no", "yes"], False)],
+)
+def test_names_that_say_nothing_leave_the_order(
+    tmp_path: Path, backbone: list[str], words: bool
+) -> None:
+    path = class_label_file(tmp_path, ["negative", "positive"], [1, 0])
+    assert data.read_rows(path, backbone, words=words).labels == [1, 0]
+
+
+def test_other_classes_are_refused_with_both_orders(tmp_path: Path) -> None:
+    path = class_label_file(tmp_path, ["joy", "anger", "fear"], [0, 1, 2])
+    both = "its classes are joy, anger, fear in this order, the backbone's contradiction, neutral,"
+    with pytest.raises(ValueError, match=both):
+        data.read_rows(path, MNLI)
+    with pytest.raises(ValueError, match="its classes are joy"):
+        data.read_rows(path, ["LABEL_0", "LABEL_1"])
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        ("1 0 1", [1, 0, 1]),
+        ("1.0 0.0 -1", [1, 0, UNLABELLED]),
+        ("-1 -1.0 nan", [UNLABELLED] * 3),
+        ("True false TRUE", [1, 0, 1]),
+        ("Positive NEGATIVE -1", [1, 0, UNLABELLED]),
+    ],
+)
+def test_labels_as_people_write_them(tmp_path: Path, labels: str, expected: list[int]) -> None:
+    rows = "".join(f"{label}\tsome text\n" for label in labels.split())
+    assert data.read_rows(write(tmp_path, "label\ttext\n" + rows), NAMES).labels == expected
+
+
+def test_labels_of_a_data_frame(tmp_path: Path) -> None:
+    lines = [json.dumps({"text": "a", "label": label}) for label in (True, False, None)]
+    path = write(tmp_path, "\n".join(lines), ".jsonl")
+    assert data.read_rows(path, NAMES).labels == [1, 0, UNLABELLED]
+    with pytest.raises(ValueError, match="row 3: label None, which is none; drop the row"):
+        data.read_rows(path, NAMES, need_labels=True)
+    with pytest.raises(ValueError, match="row 1: label True: expected an integer from 0 to 2"):
+        data.read_rows(path, MNLI)
 
 
 def test_missing_sources_are_named(tmp_path: Path) -> None:

@@ -1,0 +1,123 @@
+"""Labels of a data set as classes of the backbone: by name where both have names."""
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from revmux_vllm.errors import UserError
+from revmux_vllm.training.losses import UNLABELLED
+
+_NOBODYS = re.compile(r"label_\d+|\d+|no|yes")
+"""Names that say nothing about the classes: transformers' own where nobody gave any, and ours for a
+cross-encoder with one label."""
+_TRUTHS = {"false": 0, "true": 1}
+
+
+class Labels:
+    """Reads the labels of one data set, in the order of its rows.
+
+    Args:
+        names: the backbone's classes in order.
+        own: the data set's, where its labels are indices into names of its own (``ClassLabel`` of
+            the datasets library); or None.
+        words: ``names`` are label words, which need not be what the data set calls its classes.
+        place: the data set, for messages.
+
+    Raises:
+        UserError: where the data set has other classes than the backbone, with both orders.
+    """
+
+    def __init__(
+        self, names: Sequence[str], own: Sequence[str] | None, words: bool, place: str
+    ) -> None:
+        self.names = list(names)
+        self._by_name = _unambiguous(names)
+        self._own: list[int] | None = None if own is None else self._match(own, words, place)
+        self._kinds: set[str] = set()
+
+    def read(self, value: Any, place: str) -> int:
+        """A class index, or ``UNLABELLED`` for -1 and for nothing.
+
+        Args:
+            value: an index, also as text, as a float or as true and false of two classes; or a
+                class by its name, whatever its case.
+            place: file and row, for messages.
+
+        Raises:
+            UserError: for anything else, and where names and indices are mixed.
+        """
+        name = self._named(value)
+        index = name if name is not None else self._index(value)
+        if index == UNLABELLED:
+            return UNLABELLED
+        most = len(self.names if self._own is None or name is not None else self._own)
+        if index is None or not 0 <= index < most:
+            raise self._unknown(value, index, place)
+        self._kinds.add("index" if name is None else "name")
+        if len(self._kinds) > 1:
+            cure = "write all of them as indices or all as names"
+            raise UserError(place, f"label {value!r}: mixed label types", cure=cure)
+        return index if self._own is None or name is not None else self._own[index]
+
+    def _match(self, own: Sequence[str], words: bool, place: str) -> list[int]:
+        """Every class of the data set as one of the backbone's."""
+        theirs = [self._by_name.get(name.casefold()) for name in own]
+        known = [index for index in theirs if index is not None]
+        if len(known) == len(own):
+            return known
+        silent = words or all(map(_NOBODYS.fullmatch, map(str.casefold, self.names)))
+        silent = silent or all(map(_NOBODYS.fullmatch, map(str.casefold, own)))
+        if silent and len(own) <= len(self.names):
+            return list(range(len(own)))
+        raise UserError(
+            place,
+            f"its classes are {', '.join(own)} in this order, the backbone's "
+            f"{', '.join(self.names)}",
+            cure="give both the same names (`id2label` of the backbone's config, ClassLabel of the "
+            "data), or write the labels as the backbone's names",
+        )
+
+    def _named(self, value: Any) -> int | None:
+        if not isinstance(value, str):
+            return None
+        if value in self.names:
+            return self.names.index(value)
+        return self._by_name.get(value.casefold())
+
+    def _index(self, value: Any) -> int | None:
+        if value is None:
+            return UNLABELLED
+        if isinstance(value, str):
+            if len(self.names) == len(_TRUTHS) and value.casefold() in _TRUTHS:
+                return _TRUTHS[value.casefold()]
+            try:
+                value = float(value)
+            except ValueError:
+                return None
+        if isinstance(value, bool):
+            return int(value) if len(self.names) == len(_TRUTHS) else None
+        if not isinstance(value, int | float):
+            return None
+        if math.isnan(value) or value == UNLABELLED:
+            return UNLABELLED
+        return int(value) if float(value).is_integer() else None
+
+    def _unknown(self, value: Any, index: int | None, place: str) -> UserError:
+        last = len(self.names) - 1
+        cure = ""
+        if index == last + 1:
+            cure = "indices begin at 0; if yours begin at 1, subtract one from each"
+        return UserError(
+            place,
+            f"label {value!r}",
+            expected=f"an integer from 0 to {last} or one of the backbone's classes, "
+            + ", ".join(self.names),
+            cure=cure,
+        )
+
+
+def _unambiguous(names: Sequence[str]) -> dict[str, int]:
+    """Index by name in lower case; those that only their case tells apart are left out."""
+    folded = [name.casefold() for name in names]
+    return {name: i for i, name in enumerate(folded) if folded.count(name) == 1}
