@@ -107,6 +107,12 @@ def save_backbone(
         state = load_file(folder / "model.safetensors")
         state["lm_head.weight"] = torch.randn_like(state["shared.weight"])
         save_file(state, folder / "model.safetensors", {"format": "pt"})
+    if family == "roberta":  # what the most downloaded ones hold and no classifier reads
+        state = load_file(folder / "model.safetensors")
+        state["roberta.pooler.dense.weight"] = torch.randn(hidden_size, hidden_size)
+        state["roberta.pooler.dense.bias"] = torch.randn(hidden_size)
+        state["roberta.embeddings.position_ids"] = torch.arange(520)[None]
+        save_file(state, folder / "model.safetensors", {"format": "pt"})
     word_tokenizer().save_pretrained(folder)
 
 

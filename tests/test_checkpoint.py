@@ -80,7 +80,7 @@ def test_another_training_of_the_named_backbone_is_refused(tmp_path: Path) -> No
     checkpoint.validate(folder)
     head = trained["score.weight"] + 0.01
     save_file(trained | {"score.weight": head}, backbone / "model.safetensors")
-    with pytest.raises(ValueError, match=r"not the backbone .*: weights were .*, are .*; name that"):
+    with pytest.raises(ValueError, match=r"not the backbone .* weights were .* are .*; name that"):
         checkpoint.validate(folder)
     save_file(trained, backbone / "model.safetensors")
     change_config(backbone, lambda c: c["id2label"].update({"0": "c"}))

@@ -1,5 +1,6 @@
 """What cannot work is refused here, before anything is computed and before anything is written."""
 
+import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -81,6 +82,7 @@ def read_backbone_config(backbone: str) -> Any:
     """The config of a folder or hub id; UserError naming ``backbone`` if there is none."""
     if Path(backbone).is_file():
         raise UserError("`backbone`", "expected a folder or hub id, found a file", found=backbone)
+    _check_merged(backbone)
     try:
         hf_config = AutoConfig.from_pretrained(backbone)
     except (OSError, ValueError) as error:
@@ -94,6 +96,21 @@ def read_backbone_config(backbone: str) -> Any:
         cure = "give the classifier that it was trained on"
         raise UserError("`backbone`", "that is a RevMUX checkpoint", found=backbone, cure=cure)
     return hf_config
+
+
+def _check_merged(backbone: str) -> None:
+    """Raise UserError for a folder of PEFT's, which holds the difference to a model alone."""
+    path = Path(backbone) / "adapter_config.json"
+    if not path.is_file():
+        return
+    base = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    raise UserError(
+        "`backbone`",
+        f"a PEFT adapter over {base}, not a whole model",
+        found=backbone,
+        cure="merge it: AutoPeftModelForSequenceClassification.from_pretrained(FOLDER)"
+        ".merge_and_unload().save_pretrained(MERGED), and the tokenizer beside it",
+    )
 
 
 def read_tokenizer(what: str, folder: str | Path) -> Any:

@@ -17,7 +17,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from revmux_vllm.backbones.base import Backbone, batches_by_length, inside
+from revmux_vllm.backbones.base import Backbone, LabelWords, batches_by_length, inside
 from revmux_vllm.errors import UserError
 from revmux_vllm.reference import rows_at, skip_state
 from revmux_vllm.terminal import followed
@@ -87,6 +87,7 @@ def extract(
     encoded = tokenize(tokenizer, data, max_tokens)
     ids, types = encoded["input_ids"], encoded.get("token_type_ids")
     lengths = torch.tensor([len(row) for row in ids])
+    _check_last_tokens(backbone, tokenizer, data, ids)
     if cut := int((lengths == max_tokens).sum()):
         logger.warning("%d of %d rows reach %d tokens and may be cut", cut, len(ids), max_tokens)
     starts = lengths.cumsum(0) - lengths
@@ -117,6 +118,27 @@ def extract(
     return Features(hidden, starts, lengths, vectors, logits, torch.tensor(data.labels), exits)
 
 
+def _check_last_tokens(
+    backbone: Backbone, tokenizer: Any, data: LabelledText, ids: list[list[int]]
+) -> None:
+    """Raise UserError where transformers would not read a decoder's classifier at the last token.
+
+    It reads the last one that is not padding (modeling_layers.py), vLLM the last.
+    """
+    padding = backbone.config.pad_token_id
+    if backbone.ends.pools_first or isinstance(backbone.classifier, LabelWords) or padding is None:
+        return
+    for text, row in zip(data.texts, ids, strict=True):
+        if row[-1] == padding:
+            raise UserError(
+                f"{text!r} ends with {tokenizer.convert_ids_to_tokens(padding)!r}, which is the "
+                "backbone's padding",
+                "transformers would read its answer before that token, vLLM at it",
+                cure="give the backbone a padding token that no text has (pad_token_id of its "
+                "config), or take the token off the texts",
+            )
+
+
 def _keep(seen: dict[int, Tensor], layer: int) -> Any:
     def hook(module: Any, args: Any, output: Any) -> None:
         seen[layer] = output[0] if isinstance(output, tuple) else output
@@ -136,10 +158,24 @@ def tokenize(tokenizer: Any, data: LabelledText, max_tokens: int) -> Any:
     else:
         texts = [list(map(str, data.texts))]
     encoded = tokenizer(*texts, truncation=True, max_length=max_tokens)
+    _warn_of_two_starts(tokenizer, encoded["input_ids"])
     for text, ids in zip(data.texts, encoded["input_ids"], strict=True):
         if not ids:
             raise UserError(f"the tokenizer makes no token of {text!r}", cure="drop such rows")
     return encoded
+
+
+def _warn_of_two_starts(tokenizer: Any, ids: list[list[int]]) -> None:
+    """Where a text brings the token that the tokenizer puts before it, as after a chat template."""
+    start = tokenizer.bos_token_id
+    twice = [i for i, row in enumerate(ids, 1) if start is not None and row[:2] == [start] * 2]
+    if twice:
+        logger.warning(
+            "%d rows begin with %s twice, the first of them row %d: the text has it and the "
+            "tokenizer adds one. A server does the same with such a text, but not with `messages`, "
+            "which it puts into the chat template itself: for these take it off the texts.",
+            *(len(twice), tokenizer.bos_token, twice[0]),
+        )
 
 
 def _pad(rows: list[list[int]], index: Tensor, device: torch.device) -> Tensor:

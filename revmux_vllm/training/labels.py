@@ -74,7 +74,7 @@ class Labels:
             place,
             f"its classes are {', '.join(own)} in this order, the backbone's "
             f"{', '.join(self.names)}",
-            cure="give both the same names (`id2label` of the backbone's config, ClassLabel of the "
+            cure="give both the same names (id2label of the backbone's config, ClassLabel of the "
             "data), or write the labels as the backbone's names",
         )
 

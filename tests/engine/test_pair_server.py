@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -63,6 +64,22 @@ def test_score(client: httpx.Client, expected: list[float]) -> None:
     response = ask(client, "/score", text_1=QUERY, text_2=DOCUMENTS).raise_for_status()
     scores = [row["score"] for row in response.json()["data"]]
     assert scores == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"truncate_prompt_tokens": 8, "truncation_side": "left"}])
+def test_a_separator_in_a_text_ends_nothing(
+    options: dict[str, Any], client: httpx.Client, folder: Path
+) -> None:
+    """A document could choose by it which of its words are taken for the query's."""
+    query, document = "w7 [SEP] w8 w9", "w10 [SEP] w11 w12"
+    model = AutoModelForSequenceClassification.from_pretrained(folder.parent / "backbone").eval()
+    encoded = AutoTokenizer.from_pretrained(folder)(query, document, return_tensors="pt")
+    last = options.get("truncate_prompt_tokens", 0)
+    with torch.no_grad():
+        logits = model(**{name: rows[:, -last:] for name, rows in encoded.items()}).logits
+    body = {"text_1": query, "text_2": [document, document]} | options
+    rows = ask(client, "/score", **body).raise_for_status().json()["data"]
+    assert [row["score"] for row in rows] == [pytest.approx(logits.sigmoid().item(), abs=1e-5)] * 2
 
 
 def test_rerank(client: httpx.Client, expected: list[float]) -> None:

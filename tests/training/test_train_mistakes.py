@@ -4,7 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import Train, revmux, save_backbone, write_rows
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from revmux_vllm import bundled, errors
 from revmux_vllm.training import run
@@ -56,6 +58,44 @@ def test_mistakes_end_with_a_clear_error(
     assert message in " ".join(result.output.split())
     assert "--resume" not in result.output, "there is nothing to resume"
     assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_of_peft_is_to_be_merged_first(train: Train, tmp_path: Path) -> None:
+    folder = tmp_path / "lora"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
+    result = train(f"--backbone {folder}")
+    assert result.exit_code == 2
+    assert "a PEFT adapter over org/base, not a whole model; merge it: AutoPeft" in result.output
+
+
+def test_a_text_that_ends_with_the_padding_is_refused(train: Train, tmp_path: Path) -> None:
+    """transformers would read a decoder's answer one token before."""
+    rows = write_rows(tmp_path / "train.tsv", 160, 0).read_text()
+    (tmp_path / "train.tsv").write_text(rows + "1\tw5 w6 unheard\n")
+    result = train("--hold-out 0")
+    assert result.exit_code == 2
+    said = " ".join(result.output.split())
+    assert "'w5 w6 unheard' ends with '[UNK]', which is the backbone's padding" in said
+    assert "pad_token_id" in said
+
+
+def test_labels_of_another_order_are_noticed(
+    train: Train, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train("--train nowhere.tsv")  # makes the backbone
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "backbone").eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "backbone")
+    texts = [f"w{i} w{i + 1} w7" for i in range(10, 74)]
+    with torch.no_grad():
+        answers = [model(**tokenizer(t, return_tensors="pt")).logits.argmax().item() for t in texts]
+    assert 0 < sum(answers) < len(answers)
+    for turned, warns in ((0, False), (1, True)):
+        rows = [f"{answer ^ turned}\t{text}" for answer, text in zip(answers, texts, strict=True)]
+        (tmp_path / "train.tsv").write_text("\n".join(["label\ttext", *rows]) + "\n")
+        caplog.clear()
+        assert train("--hold-out 0").exit_code == 0
+        assert ("agree on 0.0 % of 64 rows, less than chance (50.0 %)" in caplog.text) == warns
 
 
 def test_what_is_not_installed_is_named(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,6 +37,7 @@ from revmux_vllm.engine.layout import MuxLayout, RungLayout, make_layout, pooled
 from revmux_vllm.engine.leaving import Leaving
 from revmux_vllm.engine.model_config import served_options
 from revmux_vllm.engine.model_state import model_state_class
+from revmux_vllm.engine.models.names import BackboneNames
 from revmux_vllm.engine.models.parts import adapter_dtype, classify_pooler
 from revmux_vllm.engine.stages import DEMULTIPLEX, LOWER, MULTIPLEX, UPPER, clock
 from revmux_vllm.engine.transfer import sent
@@ -82,7 +83,7 @@ class RevMuxForSequenceClassification(nn.Module, SupportsQuant, ABC):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         model_config = vllm_config.model_config
-        hf_config = model_config.hf_config
+        self.hf_config = hf_config = model_config.hf_config
         self.revmux = RevMuxConfig.from_dict(hf_config.revmux)
         self.word_tokens: list[int] = []
         if self.revmux.label_words:
@@ -371,9 +372,12 @@ class RevMuxForSequenceClassification(nn.Module, SupportsQuant, ABC):
     def _prepared(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """Adapters in their dtype, and the label words' rows of the LM head as ``score``."""
         rows: dict[str, Tensor] = {}
-        for name, weight in weights:
-            if name.startswith(checkpoint.KEY_PREFIX):
-                yield name, weight.to(self.adapter_dtype)
+        names = BackboneNames(self.hf_config, self.revmux.label_words)
+        for written, weight in weights:
+            if written.startswith(checkpoint.KEY_PREFIX):
+                yield written, weight.to(self.adapter_dtype)
+                continue
+            if (name := names.find(written)) is None:
                 continue
             if self.word_tokens and name in ("lm_head.weight", self.embeddings_name):
                 rows[name] = weight[self.word_tokens]

@@ -86,6 +86,20 @@ def pair_token_type_ids(input_ids: Tensor, separator: int, layout: Layout) -> Te
     return types
 
 
+def brought(types: Tensor, guessed: Tensor, layout: Layout) -> Tensor:
+    """Token types (num_rows,) as each sequence brings them, and ``guessed`` where it brings none.
+
+    vLLM gives zeros (num_tokens,) to a sequence that brings none beside one that does.
+    """
+    own = layout.sequence_of_token
+    count = torch.zeros(len(layout.sequence_starts), dtype=types.dtype, device=types.device)
+    brings = count.index_add(0, own, types[: layout.num_tokens])[own] > 0
+    chosen = guessed.clone()
+    there = torch.where(brings, types[: layout.num_tokens], guessed[: layout.num_tokens])
+    chosen[: layout.num_tokens] = there
+    return chosen
+
+
 class RevMuxBertForSequenceClassification(RevMuxForSequenceClassification):
     """Read through the backbone's own pooler."""
 
@@ -138,9 +152,16 @@ class RevMuxBertForSequenceClassification(RevMuxForSequenceClassification):
     def set_token_type_ids(
         self, input_ids: Tensor, token_type_ids: Tensor | None, layout: Layout | None
     ) -> None:
-        """They ride in a high bit of the ids, as vLLM's own BERT has it."""
+        """They ride in a high bit of the ids, as vLLM's own BERT has it.
+
+        A request of `/score` brings them. Texts of `/classify` bring none, and get them by their
+        first separator.
+        """
         if self.separator is not None and layout is not None:
-            token_type_ids = pair_token_type_ids(input_ids, self.separator, layout)
+            guessed = pair_token_type_ids(input_ids, self.separator, layout)
+            token_type_ids = (
+                guessed if token_type_ids is None else brought(token_type_ids, guessed, layout)
+            )
         if token_type_ids is not None:
             assert self.lower.embeddings.word_embeddings.num_embeddings < (1 << TOKEN_TYPE_SHIFT)
             _encode_token_type_ids(input_ids, token_type_ids)
