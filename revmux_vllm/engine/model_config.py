@@ -15,6 +15,7 @@ from revmux_vllm import checkpoint
 from revmux_vllm.backbones.loading import most_positions
 from revmux_vllm.config import RevMuxConfig
 from revmux_vllm.engine.graphs import choose_capture_sizes
+from revmux_vllm.engine.guard import warn_of_open_routes
 from revmux_vllm.engine.kv_cache import size_kv_cache
 from revmux_vllm.engine.platform import native_dtype
 from revmux_vllm.engine.refusals import refuse_impossible_options
@@ -40,6 +41,7 @@ class RevMuxModelConfig(VerifyAndUpdateConfig):
                 what is wrong with the checkpoint.
         """
         refuse_impossible_options(vllm_config)
+        warn_of_open_routes()
         if vllm_config.load_config.load_format != "dummy":
             checkpoint.validate(vllm_config.model_config.model)
             checkpoint.backbone_folder(vllm_config.model_config.model)  # of the hub: fetched now

@@ -9,6 +9,12 @@ from typing import Any
 CHARS_PER_TOKEN = 4
 """Of prompts that come as token ids; texts are counted in characters."""
 
+TEXTS = (
+    *("input", "messages", "text_1", "text_2", "data_1", "data_2"),
+    *("queries", "documents", "items", "query"),
+)
+"""Where vLLM's requests have their texts."""
+
 Headers = tuple[tuple[bytes, bytes], ...]
 
 
@@ -61,15 +67,11 @@ def measure(body: bytes) -> Work:
     """
     try:
         values = json.loads(body)
-    except ValueError:
+        if not isinstance(values, dict):
+            return Work()
+        lengths = [length for key in TEXTS for length in _lengths(values.get(key))]
+    except (ValueError, RecursionError):  # no JSON, or JSON nested deeper than any request is
         return Work()
-    if not isinstance(values, dict):
-        return Work()
-    lengths = [
-        length
-        for key in ("input", "text_1", "text_2", "queries", "documents", "query", "messages")
-        for length in _lengths(values.get(key))
-    ]
     if not lengths:
         return Work()
     salt = values.get("cache_salt")

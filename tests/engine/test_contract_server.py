@@ -29,7 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def server(folder: Path) -> Iterator[LocalServer]:
     args = ["--enforce-eager", "--dtype", "float32", "--served-model-name", "tiny"]
     args += ["--additional-config", json.dumps({"revmux": OPTIONS})]
-    env = os.environ | {"VLLM_LOGGING_LEVEL": "INFO"}
+    env = os.environ | {"VLLM_LOGGING_LEVEL": "INFO", "VLLM_API_KEY": "of-this-test"}
     with untouched(), LocalServer(folder, args, env) as running:
         running.wait_ready(300)
         yield running
@@ -58,6 +58,11 @@ def test_what_it_promises_is_said_and_counted(server: LocalServer) -> None:
     names = set(re.findall(r"\brevmux:\w+", page))
     assert len(names) == 5
     assert all(f"\n{name}{{" in metrics for name in names)
+
+
+def test_what_a_key_does_not_guard_is_said_once(server: LocalServer) -> None:
+    said = "/pooling answer without it. --middleware revmux_vllm.engine.guard.Guard guards them"
+    assert server.log_path.read_text().count(said) == 1
 
 
 def test_another_promise_is_refused_with_the_command(folder: Path) -> None:

@@ -13,6 +13,7 @@ from word_tokenizers import save_pair_tokenizer
 
 from revmux_vllm.bench.local_server import LocalServer
 
+KEY = "of-this-test"
 QUERY = "w7 w8 w9"
 DOCUMENTS = ["w10 w11", "w12", "w13 w14 w15 w16", "w17 w7"]
 
@@ -35,10 +36,13 @@ def client(folder: Path) -> Iterator[httpx.Client]:
     extra = ("--served-model-name", "pairs", "--enforce-eager", "--dtype", "float32")
     # The exact answer for every request, so that transformers' own is the one to expect.
     options = ("--additional-config", '{"revmux": {"rungs": []}}')
-    with LocalServer(str(folder), extra_args=(*extra, *options)) as server:
+    guard = ("--api-key", KEY, "--middleware", "revmux_vllm.engine.guard.Guard")
+    with LocalServer(str(folder), extra_args=(*extra, *options, *guard)) as server:
         server.wait_ready(300)
-        with httpx.Client(base_url=server.base_url, timeout=60) as client:
+        headers = {"Authorization": f"Bearer {KEY}"}
+        with httpx.Client(base_url=server.base_url, timeout=60, headers=headers) as client:
             yield client
+        assert "answer without it" not in server.log_path.read_text()
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +104,28 @@ def test_a_pair_as_one_text_with_the_separator(
     rows = ask(client, path, input=texts).raise_for_status().json()["data"]
     answers = [row["probs" if path == "/classify" else "data"] for row in rows]
     assert answers == [pytest.approx([score], abs=1e-5) for score in expected]
+
+
+@pytest.mark.parametrize("path", ["/classify", "/score", "/rerank", "/pooling", "/v1/models"])
+def test_the_key_guards_every_route_that_answers(path: str, client: httpx.Client) -> None:
+    with httpx.Client(base_url=client.base_url) as stranger:
+        for headers in ({}, {"Authorization": "Bearer another"}, {"Authorization": KEY}):
+            asked = stranger.post(path, json={"model": "pairs"}, headers=headers)
+            assert asked.status_code == 401
+        assert stranger.get("/health").is_success
+
+
+@pytest.mark.parametrize(("opened", "closed"), [("[", "]"), ('{"a":', "}")])
+def test_what_is_nested_too_deep_harms_nobody(
+    opened: str, closed: str, client: httpx.Client, expected: list[float]
+) -> None:
+    deep = opened * 100_000 + "1" + closed * 100_000
+    body = f'{{"model": "pairs", "input": {deep}}}'
+    for content in (body, body[:-1]):
+        headers = {"Content-Type": "application/json"}
+        response = client.post("/classify", content=content, headers=headers)
+        assert 400 <= response.status_code < 500, response.text
+    test_score(client, expected)
 
 
 def test_what_cannot_be_answered_is_refused(client: httpx.Client) -> None:

@@ -1,7 +1,7 @@
 """How much work a request is, by its body."""
 
 import json
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given, settings
@@ -32,6 +32,33 @@ def of(**values: Any) -> Work:
 )
 def test_work(values: dict[str, Any], chars: int, length_class: int) -> None:
     assert of(**values) == Work(chars, length_class)
+
+
+def test_every_text_of_every_request_of_vllm_counts() -> None:
+    """What a request must bring is what it is about."""
+    from vllm.entrypoints.pooling.classify import protocol as classify
+    from vllm.entrypoints.pooling.pooling import protocol as pooling
+    from vllm.entrypoints.pooling.scoring import protocol as scoring
+
+    kinds = [
+        *(classify.ClassificationCompletionRequest, classify.ClassificationChatRequest),
+        *(pooling.PoolingCompletionRequest, pooling.PoolingChatRequest, scoring.RerankRequest),
+        *get_args(scoring.ScoreRequest),
+    ]
+    assert len(kinds) == 9
+    for kind in kinds:
+        needed = [name for name, own in kind.model_fields.items() if own.is_required()]
+        assert needed
+        for name in needed:
+            assert of(**{name: "a" * 4000}).chars == 4000, f"{kind.__name__}.{name}"
+
+
+@pytest.mark.parametrize("opened", ["[", '{"input":'])
+def test_what_is_nested_too_deep_is_left_to_the_engine(opened: str) -> None:
+    assert measure(b'{"input":' + opened.encode() * 100_000) == Work()
+    closed = {"[": "]", '{"input":': "}"}[opened]
+    deep = opened * 900 + "1" + closed * 900
+    assert measure(b'{"input":' + deep.encode() + b"}").chars >= 1
 
 
 def test_the_domain_is_the_cache_salt() -> None:
