@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+from revmux_vllm.engine.environment import check_plugins
 from revmux_vllm.errors import UserError
 
 
@@ -24,6 +25,7 @@ def parse_arguments(model: str, served_name: str, vllm_args: list[str]) -> Any:
         def error(self, message: str) -> None:
             raise UserError("`vllm_args`", message)
 
+    check_plugins()
     words = ["--model", model, *vllm_args]
     if not any(word.replace("_", "-").startswith("--served-model-name") for word in vllm_args):
         words += ["--served-model-name", served_name]

@@ -8,6 +8,8 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+from revmux_vllm.errors import UserError
+
 _before: dict[str, str | None] = {}
 
 
@@ -40,6 +42,18 @@ def untouched() -> Iterator[None]:
     finally:
         for name, value in now.items():
             _put(os.environ, name, value)
+
+
+def check_plugins() -> None:
+    """Raise UserError where vLLM would not load ours, and then not know our architectures."""
+    chosen = os.environ.get("VLLM_PLUGINS")
+    if chosen is not None and "revmux" not in chosen.split(","):
+        raise UserError(
+            "VLLM_PLUGINS",
+            "it names the plugins that vLLM may load, and revmux is not among them",
+            found=chosen,
+            cure=f"VLLM_PLUGINS={','.join(filter(None, [chosen, 'revmux']))}, or unset it",
+        )
 
 
 def _put(environ: "os._Environ[str]", name: str, value: str | None) -> None:

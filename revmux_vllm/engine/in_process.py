@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from revmux_vllm.engine.environment import set_inside
+from revmux_vllm.engine.environment import check_plugins, set_inside
 from revmux_vllm.engine.platform import native_dtype
 from revmux_vllm.planning.options import Options
 from revmux_vllm.planning.planner import StepPlanner
@@ -54,6 +54,7 @@ class InProcessEngine:
     """
 
     def __init__(self, model: str | Path, *, quiet: bool = True, **options: Any) -> None:
+        check_plugins()
         with set_inside(_variables(quiet)):
             from vllm import LLM
 

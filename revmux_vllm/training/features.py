@@ -22,6 +22,7 @@ from revmux_vllm.errors import UserError
 from revmux_vllm.reference import rows_at, skip_state
 from revmux_vllm.terminal import followed
 from revmux_vllm.training.data import LabelledText
+from revmux_vllm.training.device import free_memory
 
 TOKENS_PER_BATCH = 4096
 
@@ -187,7 +188,7 @@ def _buffer(rows: int, size: int, overflow: Path | None) -> Tensor:
     """Room for float32 (rows, size): in memory if half of what is free will do, else in a file."""
     num_bytes = 4 * rows * size
     sharers = 2 * int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes of accelerate launch
-    if overflow is None or num_bytes < psutil.virtual_memory().available / sharers:
+    if overflow is None or num_bytes < free_memory() / sharers:
         return torch.empty(rows, size)
     overflow.mkdir(parents=True, exist_ok=True)
     path = overflow / f"prefill-{rows}-{os.getpid()}.bin"

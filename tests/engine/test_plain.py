@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from revmux_vllm.engine import environment, plain
+from revmux_vllm.engine.in_process import InProcessEngine
 from revmux_vllm.engine.plain import PlainEngine
 
 NAME = "VLLM_USE_V2_MODEL_RUNNER"
@@ -28,6 +29,17 @@ def ends(there: Connection, model: str, options: dict[str, Any]) -> None:
 def refuses(there: Connection, model: str, options: dict[str, Any]) -> None:
     """In place of ``_serve``: an engine that does not start."""
     there.send("ValueError('no such dtype')")
+
+
+@pytest.mark.parametrize(("chosen", "cure"), [("other", "other,revmux"), ("", "revmux")])
+def test_a_list_of_plugins_without_ours_is_named(
+    chosen: str, cure: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_PLUGINS", chosen)
+    with pytest.raises(ValueError, match=f"found '{chosen}'; VLLM_PLUGINS={cure}, or unset it"):
+        InProcessEngine("revmux-llama")
+    monkeypatch.setenv("VLLM_PLUGINS", cure)
+    environment.check_plugins()
 
 
 @pytest.fixture(autouse=True)
