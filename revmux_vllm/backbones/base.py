@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from revmux_vllm.families import family_of
+from revmux_vllm.problems import problem_of
 
 MIN_LENGTH_RATIO = 0.8  # of a batch's longest sequence; what is shorter waits for the next batch
 
@@ -28,6 +29,7 @@ class Backbone(nn.Module, ABC):
         config: the model's own config.
         layers: the layers between which it can be cut, first to last.
         ends: which rows of a sequence are not like the others.
+        problem: what its answers mean.
     """
 
     layers: list[nn.Module]
@@ -40,6 +42,7 @@ class Backbone(nn.Module, ABC):
         assert head is not None
         self.prefill_layers = prefill_layers
         self.classifier = head
+        self.problem = problem_of(model.config, isinstance(head, LabelWords))
 
     def train(self, mode: bool = True) -> "Backbone":
         """Stays in eval mode: a frozen backbone has no dropout."""
@@ -96,18 +99,8 @@ class Backbone(nn.Module, ABC):
         return self.pooled_position(lengths)
 
     def head(self, pooled: Tensor) -> Tensor:
-        """Pooled vectors (M, D) to logits (M, C); C is 2 for a single label: no and yes."""
-        return two_class_logits(self.classifier(pooled))
-
-
-def two_class_logits(logits: Tensor) -> Tensor:
-    """Logits (M, C) as they are; a single one (M, 1) beside the zero that stands for no, (M, 2).
-
-    The softmax of the two is the sigmoid of the one, which is how a cross-encoder is read.
-    """
-    if logits.shape[-1] > 1:
-        return logits
-    return torch.cat([torch.zeros_like(logits), logits], dim=-1)
+        """Pooled vectors (M, D) to answers (M, ...), see ``Problem``."""
+        return self.problem.answers(self.classifier(pooled))
 
 
 class LabelWords(nn.Module):

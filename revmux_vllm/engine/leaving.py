@@ -13,10 +13,10 @@ from torch import Tensor
 from vllm.distributed.parallel_state import get_tp_group
 
 from revmux_vllm.adapters.trust import trust
-from revmux_vllm.backbones.base import two_class_logits
 from revmux_vllm.engine.layout import A, MuxLayout
 from revmux_vllm.engine.transfer import sent
 from revmux_vllm.planning.contract import Contract
+from revmux_vllm.problems import Problem
 from revmux_vllm.rungs import Ends, Rung
 
 NOWHERE, NO_SHADOW = -1, -2
@@ -140,7 +140,7 @@ class Leaving:
             first_group = len(self.layout.host_starts) - 1 - len(self.going)
             state = self.layout.state(rows, self.read_at, first_group, self.skip.dtype)
         vectors = self.model.adapters[stop].read(None, self.going * 0, state)
-        logits = two_class_logits(self.model.answer(vectors)).float()
+        logits = Problem.ONE_CLASS.answers(self.model.answer(vectors)).float()
         self.said.append(logits)
         if least is None:
             return rows
@@ -181,7 +181,7 @@ class Leaving:
 
     def _compare_shadows(self, finals: Tensor) -> None:
         """What those who stayed as a sample would have said, and what they say now."""
-        said = two_class_logits(self.model.answer(finals)).argmax(-1)
+        said = Problem.ONE_CLASS.answers(self.model.answer(finals)).argmax(-1)
         table = torch.stack([self.would_leave, (said == self.would_say).long()]).cpu()
         for place, same in table.T.tolist():
             if place >= 0:

@@ -6,6 +6,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData, hf_hub_download, metadata_load
 
 from revmux_vllm.config import RevMuxConfig
+from revmux_vllm.problems import Problem
 from revmux_vllm.rungs import Rung, in_words
 from revmux_vllm.training.evaluate import NUM_GROUPINGS, WINDOW
 from revmux_vllm.training.tables import COLUMNS, NEAR_COLUMNS, near_rows, report_rows
@@ -76,11 +77,16 @@ def model_card(
 
 
 def _how_it_was_measured(config: RevMuxConfig, report: dict[str, Any]) -> str:
+    means = {
+        Problem.LABELS: "A row counts where all of its labels are right. ",
+        Problem.VALUES: "Accuracy and agreement are correlations (Pearson) with the labels and "
+        "the backbone's values. ",
+    }.get(Problem(report.get("problem", Problem.ONE_CLASS)), "")
     served = "." if Rung(exit=True) in config.rungs else "; none is served."
     return (
         f"Per cent, mean (lowest to highest) over {NUM_GROUPINGS} shuffled groupings from "
         f"fixed seeds; {WINDOW} requests at a time are packed together as the server packs "
-        "them. Agreement is with the backbone. Speed-up counts the arithmetic of layers, "
+        f"them. Agreement is with the backbone. {means}Speed-up counts the arithmetic of layers, "
         f"adapters and heads at {report['mean_tokens']:.0f} tokens, the mean of these rows; "
         "the layer limit counts the layers alone. What does not multiplex has no spread: its "
         "answers do not depend on company. Early exit is the alternative: a small head on the "

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from revmux_vllm.checkpoint import write_whole
 from revmux_vllm.training.exits import EXIT_FOLDER
+from revmux_vllm.training.scores import alike, share
 
 TARGETS = (0.99, 0.98, 0.97, 0.96, 0.95, 0.93, 0.9)
 """Agreements with the backbone that thresholds are chosen for."""
@@ -28,7 +29,7 @@ class Walk:
     """What a cascade did.
 
     Attributes:
-        answers: (B, C) probabilities.
+        answers: (B, ...) probabilities.
         place: (B,) which exit each row left at; the number of exits where it went to the end.
     """
 
@@ -40,11 +41,11 @@ def walk(exits: Tensor, own: Tensor, threshold: float) -> Walk:
     """Let every row leave at the first exit that is at least ``threshold`` sure.
 
     Args:
-        exits: (B, E, C) probabilities after each exit.
-        own: (B, C) the backbone's.
-        threshold: on the largest probability.
+        exits: (B, E, ...) probabilities after each exit, over the last dimension.
+        own: (B, ...) the backbone's.
+        threshold: on the largest probability; of several labels at once on that of each.
     """
-    sure = exits.amax(-1) >= threshold  # (B, E)
+    sure = (exits.amax(-1, keepdim=True) >= threshold).flatten(2).all(-1)  # (B, E)
     there = torch.cat([sure, torch.ones_like(sure[:, :1])], dim=1).int()
     place = there.argmax(1)
     every = torch.cat([exits, own[:, None]], dim=1)
@@ -55,10 +56,7 @@ def calibrate(exits: Tensor, own: Tensor) -> dict[float, float]:
     """The lowest threshold for each of ``TARGETS`` that keeps it on these rows; see ``walk``."""
     found: dict[float, float] = {}
     tried = torch.linspace(1 / own.shape[-1], 1, STEPS).tolist()
-    agreements = [
-        (walk(exits, own, threshold).answers.argmax(-1) == own.argmax(-1)).float().mean().item()
-        for threshold in tried
-    ]
+    agreements = [share(alike(walk(exits, own, threshold).answers, own)) for threshold in tried]
     for target in TARGETS:
         # Not the first that keeps it by chance: every higher one must keep it too.
         failing = [t for t, kept in zip(tried, agreements, strict=True) if kept < target]

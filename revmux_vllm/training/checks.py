@@ -15,11 +15,12 @@ from revmux_vllm.backbones.loading import check_family, most_positions
 from revmux_vllm.config import RevMuxConfig
 from revmux_vllm.errors import UserError, within
 from revmux_vllm.families import FAMILIES
+from revmux_vllm.problems import Problem, problem_of
 from revmux_vllm.training import data
 from revmux_vllm.training.device import on_cpu, process_state
 from revmux_vllm.training.evaluate import WINDOW
 from revmux_vllm.training.features import tokenize
-from revmux_vllm.training.losses import UNLABELLED
+from revmux_vllm.training.labels import is_blank
 from revmux_vllm.training.options import TrainOptions
 from revmux_vllm.training.recipes import PAPER_RUNGS
 
@@ -36,6 +37,7 @@ class Task:
         hf_config: the backbone's, of transformers.
         tokenizer: the backbone's.
         names: of the classes, in order.
+        problem: what the backbone's answers mean.
         rows: to train on.
         held_out: to choose the best of the checkpoints and the thresholds on, or None.
         measured: to measure the result on, or None.
@@ -46,6 +48,7 @@ class Task:
     hf_config: Any
     tokenizer: Any
     names: list[str]
+    problem: Problem
     rows: data.LabelledText
     held_out: data.LabelledText | None
     measured: data.LabelledText | None
@@ -70,12 +73,13 @@ def check(options: TrainOptions) -> Task:
         options = options.settled(max(1, hf_config.num_hidden_layers // 2), PAPER_RUNGS)
     options.config().check_backbone(hf_config.hidden_size, hf_config.num_hidden_layers)
     names = label_names(hf_config, options.label_words)
-    rows = _rows_to_train_on(options, names)
+    problem = problem_of(hf_config, options.label_words)
+    rows = _rows_to_train_on(options, names, problem)
     config = options.config(rows.pairs)
-    measured = _rows_to_measure(options, config, names, tokenizer)
-    rows, held_out = _split(options, config, names, rows)
+    measured = _rows_to_measure(options, config, names, problem, tokenizer)
+    rows, held_out = _split(options, config, names, problem, rows)
     _check_shares(options, config, len(rows), len(held_out or ()))
-    return Task(options, config, hf_config, tokenizer, names, rows, held_out, measured)
+    return Task(options, config, hf_config, tokenizer, names, problem, rows, held_out, measured)
 
 
 def read_backbone_config(backbone: str) -> Any:
@@ -126,7 +130,8 @@ def label_names(hf_config: Any, label_words: Sequence[str] | None) -> list[str]:
     """Classes of a backbone in order, as a data file may name them."""
     if label_words:
         return [word.strip() for word in label_words]
-    if hf_config.num_labels == 1:  # a cross-encoder: does it fit or not
+    problem = problem_of(hf_config)
+    if hf_config.num_labels == 1 and problem is Problem.ONE_CLASS:  # does it fit or not
         return ["no", "yes"]
     return [str(hf_config.id2label[i]) for i in range(hf_config.num_labels)]
 
@@ -158,14 +163,16 @@ def check_enough(config: RevMuxConfig, count: int, window: int) -> None:
 
 
 def _check_problem(hf_config: Any, label_words: Sequence[str] | None) -> None:
-    problem = hf_config.problem_type
-    if not label_words and problem not in (None, "single_label_classification"):
-        raise UserError(f"problem_type {problem!r}", expected="one label per row")
+    named = hf_config.problem_type
+    if not label_words and named not in (None, *Problem):
+        raise UserError(f"problem_type {named!r}", expected=f"one of {', '.join(Problem)}")
 
 
-def _rows_to_train_on(options: TrainOptions, names: list[str]) -> data.LabelledText:
-    rows = _read_rows(options, options.train, names)
-    if set(rows.labels) == {UNLABELLED}:
+def _rows_to_train_on(
+    options: TrainOptions, names: list[str], problem: Problem
+) -> data.LabelledText:
+    rows = _read_rows(options, options.train, names, problem)
+    if all(map(is_blank, rows.labels)):
         logger.warning(
             "%s: no column of labels, so the adapters learn from the backbone alone; if there is "
             "one, name it in `label_column`",
@@ -175,11 +182,15 @@ def _rows_to_train_on(options: TrainOptions, names: list[str]) -> data.LabelledT
 
 
 def _rows_to_measure(
-    options: TrainOptions, config: RevMuxConfig, names: list[str], tokenizer: Any
+    options: TrainOptions,
+    config: RevMuxConfig,
+    names: list[str],
+    problem: Problem,
+    tokenizer: Any,
 ) -> data.LabelledText | None:
     if options.eval is None:
         return None
-    rows = _read_rows(options, options.eval, names, need_labels=True)
+    rows = _read_rows(options, options.eval, names, problem, need_labels=True)
     check_pairs(config, rows, options.eval)
     check_enough(config, len(rows), WINDOW)
     tokenize(tokenizer, rows, options.max_tokens)  # what cannot be measured is no use trained
@@ -187,7 +198,11 @@ def _rows_to_measure(
 
 
 def _read_rows(
-    options: TrainOptions, source: str, names: list[str], need_labels: bool = False
+    options: TrainOptions,
+    source: str,
+    names: list[str],
+    problem: Problem,
+    need_labels: bool = False,
 ) -> data.LabelledText:
     return data.read_rows(
         source,
@@ -196,15 +211,20 @@ def _read_rows(
         label_column=options.label_column,
         need_labels=need_labels,
         words=bool(options.label_words),
+        problem=problem,
     )
 
 
 def _split(
-    options: TrainOptions, config: RevMuxConfig, names: list[str], rows: data.LabelledText
+    options: TrainOptions,
+    config: RevMuxConfig,
+    names: list[str],
+    problem: Problem,
+    rows: data.LabelledText,
 ) -> tuple[data.LabelledText, data.LabelledText | None]:
     """Rows to train on, and those to choose on: a file of their own, or a share, or none."""
     if options.validation is not None:
-        held_out = _read_rows(options, options.validation, names)
+        held_out = _read_rows(options, options.validation, names, problem)
         check_pairs(config, held_out, options.validation)
         return rows, held_out
     kept, held = data.split_rows(len(rows), options.hold_out, options.seed)

@@ -238,7 +238,8 @@ def evaluate(
     else:
         console = make_console()
         console.print(*report_tables(report))
-        console.print(class_table(report))
+        if (by_class := class_table(report)) is not None:
+            console.print(by_class)
     if plot is not None:
         from revmux_vllm.training.plot import plot_report
 

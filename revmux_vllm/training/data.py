@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from revmux_vllm.errors import UserError
+from revmux_vllm.problems import Problem
 from revmux_vllm.training.files import open_rows
-from revmux_vllm.training.labels import Labels
-from revmux_vllm.training.losses import UNLABELLED
+from revmux_vllm.training.labels import blank_like, is_blank, reader
 
 TEXT_COLUMNS = (  # pairs first: QNLI has a question beside its sentence
     ("text_a", "text_b"),
@@ -29,11 +29,12 @@ class LabelledText:
 
     Attributes:
         texts: one string a row, or a pair.
-        labels: class indices; ``UNLABELLED`` where the data has no labels.
+        labels: class indices; of several labels a list of zeros and ones each; or lists of values.
+            Where the data has none they are blank (``labels.is_blank``).
     """
 
     texts: list[str] | list[tuple[str, str]]
-    labels: list[int]
+    labels: list[Any]
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -61,6 +62,7 @@ def read_rows(
     label_column: str | None = None,
     need_labels: bool = False,
     words: bool = False,
+    problem: Problem = Problem.ONE_CLASS,
 ) -> LabelledText:
     """Read a file or a hub data set.
 
@@ -75,6 +77,7 @@ def read_rows(
             unlabelled.
         need_labels: refuse unlabelled rows.
         words: ``label_names`` are label words, which need not be the names of any classes.
+        problem: what labels are. Several labels may stand in columns of their names.
 
     Raises:
         UserError: naming the file, the row and the cure.
@@ -84,28 +87,34 @@ def read_rows(
     table = open_rows(source)
     columns = table.columns
     texts_at = _choose(source, columns, text_columns, TEXT_COLUMNS, "text_columns")
-    label_at = None
-    if label_column or need_labels or set(LABEL_COLUMNS) & set(columns):
+    label_at, of_labels = None, _columns_of(label_names, columns)
+    if problem is Problem.LABELS and of_labels and not label_column:
+        label_at = of_labels[0]
+    elif label_column or need_labels or set(LABEL_COLUMNS) & set(columns):
         named = (label_column,) if label_column else None
         usual = [(name,) for name in LABEL_COLUMNS]
         (label_at,) = _choose(source, columns, named, usual, "label_column")
     texts: list[Any] = []
-    labels: list[int] = []
+    labels: list[Any] = []
     classes = None if label_at is None else table.classes.get(label_at)
-    reader = Labels(label_names, classes, words, f"{source}")
+    labelled = reader(problem, label_names, classes, words, f"{source}")
     for number, row in table.rows:
         place = f"{source}: row {number}"
         texts.append(_text(row, texts_at, place))
-        labels.append(UNLABELLED if label_at is None else reader.read(row[label_at], place))
-        if need_labels and labels[-1] == UNLABELLED:
-            problem = f"label {row[label_at or '']!r}, which is none"
-            raise UserError(place, problem, cure="drop the row, or give labels to all")
+        value = None if label_at is None else row[label_at]
+        if label_at is not None and label_at in of_labels and problem is Problem.LABELS:
+            value = [row[column] for column in of_labels]
+        labels.append(labelled.read(value, place))
+        if need_labels and is_blank(labels[-1]):
+            found = f"label {value!r}, which is none"
+            raise UserError(place, found, cure="drop the row, or give labels to all")
     if not texts:
         raise UserError(f"{source}", "no rows below the header")
-    if len(set(labels)) < 2 and labels[0] != UNLABELLED:
-        problem = f"all {len(labels)} rows have the label {label_names[labels[0]]!r}"
+    is_one = problem is Problem.ONE_CLASS
+    if is_one and len(set(labels)) < 2 and not is_blank(labels[0]):
+        found = f"all {len(labels)} rows have the label {label_names[labels[0]]!r}"
         cure = "" if need_labels else "to learn from the backbone alone drop the label column"
-        raise UserError(f"{source}", f"{problem}; expected at least two classes", cure=cure)
+        raise UserError(f"{source}", f"{found}; expected at least two classes", cure=cure)
     return LabelledText(texts, labels)
 
 
@@ -123,6 +132,13 @@ def _choose(
     found = ", ".join(columns) or "nothing"
     problem = f"expected the columns {wanted}; found {found}. Name yours with `{option}`"
     raise UserError(f"{source}: row 1", problem)
+
+
+def _columns_of(names: Sequence[str], columns: Sequence[str]) -> list[str]:
+    """A column for every one of ``names``, whatever its case; empty unless all are there."""
+    there = {column.casefold(): column for column in columns}
+    found = [there[name.casefold()] for name in names if name.casefold() in there]
+    return found if len(found) == len(names) else []
 
 
 def _text(row: dict[str, Any], columns: Sequence[str], place: str) -> str | tuple[str, ...]:
@@ -160,7 +176,7 @@ def spliced_copies(data: LabelledText, copies: float, seed: int) -> LabelledText
             texts.append((row[0], _splice(row[1], other[1], rng)))
         else:
             texts.append(_splice(row, str(other), rng))
-    return LabelledText(texts, [UNLABELLED] * len(texts))
+    return LabelledText(texts, [blank_like(data.labels[0])] * len(texts))
 
 
 def _splice(text: str, other: str, rng: random.Random) -> str:

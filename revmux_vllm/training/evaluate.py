@@ -12,6 +12,7 @@ from revmux_vllm.backbones.base import Backbone
 from revmux_vllm.config import layer_limit
 from revmux_vllm.planning.contract import Contract
 from revmux_vllm.planning.packing import pack_rungs
+from revmux_vllm.problems import Problem
 from revmux_vllm.reference import run_rung
 from revmux_vllm.rungs import Rung
 from revmux_vllm.terminal import followed
@@ -96,17 +97,18 @@ def evaluate(
         contracts: that the checkpoint is calibrated for.
     """
     lengths = features.lengths.tolist()
-    config = ladder.config
+    config, problem = ladder.config, backbone.problem
     costs = Costs(backbone, round(sum(lengths) / len(lengths)))
 
     def reference(rung: Rung, groups: Groups, parts: Sequence[Any]) -> Tensor:
-        return predict(backbone, ladder, features, groups).softmax(-1)
+        return problem.read(predict(backbone, ladder, features, groups))
 
     shuffles = list(windows(len(lengths), window))
-    own = answer(Rung(), [], shuffles[0]) if answer else features.logits.softmax(-1)
-    alone = compare([own], own, features.labels)
+    own = answer(Rung(), [], shuffles[0]) if answer else problem.read(features.logits)
+    alone = compare([own], own, features.labels, problem)
     report: dict[str, Any] = {
         "backbone": alone | {"accuracy": alone["accuracy"]["mean"]},
+        "problem": str(problem),
         "mean_tokens": sum(lengths) / len(lengths),
         "rungs": {},
     }
@@ -116,27 +118,27 @@ def evaluate(
     for rung, parts in followed(rounds, "groupings"):
         groups = group_windows(parts, lengths, config.kind(rung))
         answers[rung].append((answer or reference)(rung, groups, parts))
-    report |= _exit_rows(exits, features, own, costs, thresholds or {})
+    report |= _exit_rows(exits, features, own, costs, thresholds or {}, problem)
     report["contracts"] = _contract_rows(contracts, backbone, ladder, features, own, costs)
     for rung, given in answers.items():
         row = {
             "prefill_layers": config.prefill_layers,
             "layer_limit": layer_limit(rung, config.prefill_layers, backbone.num_layers),
             "speedup": costs.speedup(ladder, rung),
-        } | compare(given, own, features.labels)
+        } | compare(given, own, features.labels, problem)
         report["rungs"][str(rung)] = row | _against(row, report)
     return report | {"classes": list(names)}
 
 
 @torch.no_grad()
-def exit_probabilities(exits: nn.ModuleDict, features: Features) -> Tensor:
-    """What every early exit says: (B, E, C)."""
+def exit_probabilities(exits: nn.ModuleDict, features: Features, problem: Problem) -> Tensor:
+    """What every early exit says: (B, E, ...), see ``Problem``."""
     given = []
     for place, head in enumerate(exits.values()):
         states = features.exits[:, place].float().to(next(head.parameters()).device)
-        given.append(head(states).softmax(-1).cpu())
+        given.append(problem.read(problem.answers(head(states))).cpu())
     if not given:
-        return features.logits.new_zeros(len(features), 0, features.logits.shape[-1])
+        return features.logits[:, None][:, :0]
     return torch.stack(given, dim=1)
 
 
@@ -146,12 +148,13 @@ def _exit_rows(
     own: Tensor,
     costs: Costs,
     thresholds: Mapping[float, float],
+    problem: Problem,
 ) -> dict[str, Any]:
     """The two lines of the rival: each early exit by itself, and the cascade of them."""
-    given = exit_probabilities(exits, features)
+    given = exit_probabilities(exits, features, problem)
     static = [
         {"layer": int(layer), "speedup": costs.exit_speedup(head, int(layer))}
-        | _one_way(given[:, place], own, features.labels)
+        | _one_way(given[:, place], own, features.labels, problem)
         for place, (layer, head) in enumerate(exits.items())
     ]
     passed = costs.cascade(exits)
@@ -164,7 +167,7 @@ def _exit_rows(
                 "threshold": threshold,
                 "speedup": cascade.speedup(walked.place, passed),
             }
-            | _one_way(walked.answers, own, features.labels)
+            | _one_way(walked.answers, own, features.labels, problem)
         )
     return {"early_exit": static, "cascade": adaptive}
 
@@ -194,14 +197,14 @@ def _contract_rows(
                 "speedup": cascade.speedup(left.place, passed),
                 "shares": dict(zip(places, shares.tolist(), strict=True)),
             }
-            | _one_way(left.answers.softmax(-1), own, features.labels)
+            | _one_way(left.answers.softmax(-1), own, features.labels, backbone.problem)
         )
     return rows
 
 
-def _one_way(answers: Tensor, own: Tensor, labels: Tensor) -> dict[str, Any]:
+def _one_way(answers: Tensor, own: Tensor, labels: Tensor, problem: Problem) -> dict[str, Any]:
     """Scores of what does not depend on company."""
-    scores = compare([answers], own, labels)
+    scores = compare([answers], own, labels, problem)
     return {
         "accuracy": scores["accuracy"]["mean"],
         "agreement": scores["agreement"]["mean"],

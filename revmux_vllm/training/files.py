@@ -144,9 +144,10 @@ def _read_parquet(path: Path) -> Table:
     # What the datasets library notes of the columns when it writes such a file.
     noted = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}"))
     features = noted.get("info", {}).get("features", {})
+    inner = {name: f.get("feature", f) for name, f in features.items() if isinstance(f, dict)}
     classes = {
         name: feature["names"]
-        for name, feature in features.items()
+        for name, feature in inner.items()
         if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
     }
     return Table(table.column_names, iter(enumerate(table.to_pylist(), 1)), classes)
@@ -170,9 +171,6 @@ def _open_hub(source: str) -> Table:
     except Exception as error:  # the hub has many: offline, no such name, no such split, ...
         problem = f"neither a file nor a hub data set that can be read: {error}"
         raise UserError(source, problem) from error
-    classes = {
-        name: feature.names
-        for name, feature in data.features.items()
-        if isinstance(feature, ClassLabel)
-    }
+    inner = {name: getattr(f, "feature", f) for name, f in data.features.items()}  # of a list
+    classes = {name: f.names for name, f in inner.items() if isinstance(f, ClassLabel)}
     return Table(data.column_names, iter(enumerate(data, 1)), classes)

@@ -1,11 +1,12 @@
-"""Labels of a data set as classes of the backbone: by name where both have names."""
+"""Labels of a data set as classes of the backbone, by name where both have names, or as values."""
 
 import math
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from revmux_vllm.errors import UserError
+from revmux_vllm.problems import Problem
 from revmux_vllm.training.losses import UNLABELLED
 
 _NOBODYS = re.compile(r"label_\d+|\d+|no|yes")
@@ -14,8 +15,32 @@ cross-encoder with one label."""
 _TRUTHS = {"false": 0, "true": 1}
 
 
-class Labels:
-    """Reads the labels of one data set, in the order of its rows.
+Label = int | list[int] | list[float]
+"""A class; for every label of several whether it is there; or values."""
+
+
+class Reader(Protocol):
+    """Reads the labels of one data set, in the order of its rows."""
+
+    def read(self, value: Any, place: str) -> Label:
+        """A label, or one that ``is_blank``; UserError naming ``place``."""
+
+
+def is_blank(label: Label) -> bool:
+    """Whether it stands for a row without a label."""
+    first = label[0] if isinstance(label, list) else label
+    return first == UNLABELLED or math.isnan(first)
+
+
+def blank_like(label: Label) -> Label:
+    """That of a row without a label, beside rows with ``label``."""
+    if not isinstance(label, list):
+        return UNLABELLED
+    return [math.nan if isinstance(one, float) else UNLABELLED for one in label]
+
+
+class OneClass:
+    """Reads one class per row.
 
     Args:
         names: the backbone's classes in order.
@@ -115,6 +140,84 @@ class Labels:
             + ", ".join(self.names),
             cure=cure,
         )
+
+
+class SeveralLabels:
+    """Reads which of several labels a row has.
+
+    Args:
+        names: the backbone's labels in order.
+        own, words, place: as for ``OneClass``.
+    """
+
+    def __init__(self, names: Sequence[str], own: Sequence[str] | None, place: str) -> None:
+        self.count = len(names)
+        self._one = OneClass(names, own, words=False, place=place)
+
+    def read(self, value: Any, place: str) -> list[int]:
+        """For every label 1 or 0; ``UNLABELLED`` for -1 and for nothing.
+
+        Args:
+            value: a list of names or indices, with commas between them in a text, empty where there
+                is none; or as many zeros and ones as there are labels.
+            place: file and row, for messages.
+        """
+        if isinstance(value, str):
+            value = [part.strip() for part in value.split(",") if part.strip()]
+        if isinstance(value, int | float) or value is None:
+            value = [value]
+        if not isinstance(value, list | tuple):
+            problem = f"label {value!r}"
+            raise UserError(place, problem, expected="a list of labels, or a zero or one for each")
+        if len(value) == self.count > 1 and all(map(_is_truth, value)):
+            return [int(float(_TRUTHS.get(str(one).casefold(), one))) for one in value]
+        found = [self._one.read(one, place) for one in value]
+        if UNLABELLED in found:
+            return [UNLABELLED] * self.count
+        return [int(i in found) for i in range(self.count)]
+
+
+class Values:
+    """Reads the values that a row is to be given.
+
+    Args:
+        count: how many.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def read(self, value: Any, place: str) -> list[float]:
+        """One for every output; NaN for nothing.
+
+        Args:
+            value: a number or a list of them, with commas between them in a text.
+            place: file and row, for messages.
+        """
+        if value is None:
+            return [math.nan] * self.count
+        parts = value.split(",") if isinstance(value, str) else value
+        try:
+            values = [float(one) for one in (parts if isinstance(parts, list | tuple) else [parts])]
+        except (TypeError, ValueError):
+            values = []
+        if len(values) != self.count or any(map(math.isinf, values)):
+            expected = "a number" if self.count == 1 else f"{self.count} numbers"
+            raise UserError(place, f"label {value!r}", expected=expected)
+        return values
+
+
+def reader(
+    problem: Problem, names: Sequence[str], own: Sequence[str] | None, words: bool, place: str
+) -> Reader:
+    """For a problem; the others are as for ``OneClass``."""
+    if problem is Problem.LABELS:
+        return SeveralLabels(names, own, place)
+    return Values(len(names)) if problem is Problem.VALUES else OneClass(names, own, words, place)
+
+
+def _is_truth(value: Any) -> bool:
+    return value in (0, 1) or str(value).casefold() in ("0", "1", "0.0", "1.0", *_TRUTHS)
 
 
 def _unambiguous(names: Sequence[str]) -> dict[str, int]:

@@ -8,12 +8,14 @@ from torch import Tensor, nn
 from revmux_vllm.adapters.kinds import AdapterLadder, RungAdapter
 from revmux_vllm.backbones.base import Backbone
 from revmux_vllm.families import family_of
+from revmux_vllm.problems import Problem
 from revmux_vllm.reference import Passed, run_path
 from revmux_vllm.training.losses import (
     answer_loss,
     info_nce,
     random_groups,
     stream_similarity,
+    value_loss,
     vector_loss,
 )
 
@@ -81,9 +83,8 @@ class LadderModel(nn.Module):
             if self.paper_loss and passed.streams is not None:
                 losses[f"loss_streams_{adapters[0].rung.path}"] = stream_similarity(passed.streams)
         for place, (layer, head) in enumerate(self.exits.items() if self.training else ()):
-            losses[f"loss_exit_{layer}"] = answer_loss(
-                head(exit_states[:, place]), labels, teacher_logits
-            )
+            given = self.backbone.problem.answers(head(exit_states[:, place]))
+            losses[f"loss_exit_{layer}"] = self._answer_loss(given, labels, teacher_logits)
         return {"loss": torch.stack(list(losses.values())).sum()} | losses
 
     def _seen(self, adapters: Sequence[RungAdapter], exit_states: Tensor) -> Passed:
@@ -106,9 +107,14 @@ class LadderModel(nn.Module):
         vectors = vectors.flatten(0, 1)  # (G*N, D)
         logits = self.backbone.head(vectors)
         if self.paper_loss:
-            own = answer_loss(logits, labels, teacher_logits, label_share=1.0)
+            own = self._answer_loss(logits, labels, teacher_logits, label_share=1.0)
             return own + self.nce_weight * info_nce(vectors, teacher_vectors)
-        return answer_loss(logits, labels, teacher_logits) + vector_loss(vectors, teacher_vectors)
+        own = self._answer_loss(logits, labels, teacher_logits)
+        return own + vector_loss(vectors, teacher_vectors)
+
+    @property
+    def _answer_loss(self) -> Callable[..., Tensor]:
+        return value_loss if self.backbone.problem is Problem.VALUES else answer_loss
 
     def _groups(self, lengths: Tensor, width: int) -> Tensor:
         """Random in training; while measuring the same every time."""

@@ -14,16 +14,34 @@ def answer_loss(
     """Cross-entropy, in part on the label and in part on the backbone's own distribution.
 
     Args:
-        logits: (B, C).
-        labels: (B,) int64; a row that is ``UNLABELLED`` learns from the backbone alone.
-        teacher_logits: (B, C), of the same rows run alone.
+        logits: (B, C), or of several labels at once (B, C, 2).
+        labels: (B,) int64, or (B, C); what is ``UNLABELLED`` learns from the backbone alone.
+        teacher_logits: as ``logits``, of the same rows run alone.
         label_share: weight of the label, between 0 and 1.
     """
     target = teacher_logits.softmax(-1)
     labelled = (labels != UNLABELLED).unsqueeze(-1)
     one_hot = F.one_hot(labels.clamp(min=0), logits.shape[-1]).to(target.dtype)
     both = label_share * one_hot + (1 - label_share) * target
-    return F.cross_entropy(logits, torch.where(labelled, both, target))
+    wanted = torch.where(labelled, both, target)
+    return F.cross_entropy(logits.flatten(0, -2), wanted.flatten(0, -2))
+
+
+def value_loss(
+    values: Tensor, labels: Tensor, teacher_values: Tensor, label_share: float = 0.5
+) -> Tensor:
+    """Mean squared error, in part from the label and in part from the backbone's own value, over
+    the variance of these.
+
+    Args:
+        values: (B, C).
+        labels: (B, C); NaN learns from the backbone alone.
+        teacher_values: (B, C), of the same rows run alone.
+        label_share: weight of the label, between 0 and 1.
+    """
+    both = label_share * labels + (1 - label_share) * teacher_values
+    wanted = torch.where(labels.isnan(), teacher_values, both)
+    return F.mse_loss(values, wanted) / teacher_values.var(unbiased=False).clamp(min=1e-6)
 
 
 def vector_loss(vectors: Tensor, teacher_vectors: Tensor) -> Tensor:

@@ -12,11 +12,12 @@ from transformers import AutoConfig
 
 from revmux_vllm import bundled, checkpoint
 from revmux_vllm.adapters.kinds import AdapterLadder
-from revmux_vllm.backbones.base import Backbone, two_class_logits
+from revmux_vllm.backbones.base import Backbone
 from revmux_vllm.backbones.loading import load_backbone
 from revmux_vllm.config import RevMuxConfig
 from revmux_vllm.errors import UserError, require
 from revmux_vllm.planning.contract import Contract
+from revmux_vllm.problems import Problem, problem_of
 from revmux_vllm.rungs import Rung
 from revmux_vllm.training import cascade, data
 from revmux_vllm.training import contract as contracts
@@ -79,7 +80,7 @@ def measure(
     if engine:
         encoded = tokenize(subject.tokenizer, subject.texts, subject.max_tokens)
         prompts = encoded["input_ids"]
-        answering = engine_answers(subject.folder, prompts, window)
+        answering = engine_answers(subject.folder, prompts, window, subject.backbone.problem)
     with answering as answer:
         report = evaluate(
             subject.backbone,
@@ -120,6 +121,10 @@ def calibrate(
     subject = load(
         folder, rows, text_columns=text_columns, label_column=None, max_tokens=max_tokens
     )
+    if subject.backbone.problem is not Problem.ONE_CLASS:
+        found = f"a contract is about one class per row, this is {subject.backbone.problem}"
+        cure = "serve its rungs by what was measured of them: revmux eval --save, min_agreement"
+        raise UserError(f"{folder}", found, cure=cure)
     stops, shares, seen = at_stops(subject)
     found = [contracts.calibrate(seen, stops, shares, own) for own in terms]
     for contract in found:
@@ -181,6 +186,7 @@ def load(
         label_column=label_column,
         need_labels=window is not None,
         words=bool(config.label_words),
+        problem=problem_of(hf_config, config.label_words),
     )
     check_pairs(config, texts, rows)
     if window is not None:
@@ -223,7 +229,9 @@ def _load_backbone(folder: Path, config: RevMuxConfig) -> Backbone:
 
 
 @contextmanager
-def engine_answers(folder: Path, prompts: list[list[int]], window: int) -> Iterator[Predict]:
+def engine_answers(
+    folder: Path, prompts: list[list[int]], window: int, problem: Problem
+) -> Iterator[Predict]:
     """Probabilities by an engine in place of the reference, from which they must not differ.
 
     All requests of a window wait together before the first step, so the scheduler packs them as
@@ -233,6 +241,7 @@ def engine_answers(folder: Path, prompts: list[list[int]], window: int) -> Itera
         folder: checkpoint to serve.
         prompts: token ids of every row.
         window: most requests that wait together.
+        problem: what the answers mean.
     """
     # The one place where this room asks the engine's.
     from revmux_vllm.engine.in_process import InProcessEngine
@@ -254,7 +263,7 @@ def engine_answers(folder: Path, prompts: list[list[int]], window: int) -> Itera
             outputs = engine.classify([prompts[row] for row in rows], logits=True)
             for row, output in zip(rows, outputs, strict=True):
                 logits = torch.tensor(output.outputs.probs)[None]
-                answers[row] = two_class_logits(logits)[0].softmax(-1)
+                answers[row] = problem.read(problem.answers(logits))[0]
         return torch.stack(answers)
 
     try:

@@ -12,6 +12,7 @@ from revmux_vllm import checkpoint
 from revmux_vllm.adapters.kinds import AdapterLadder
 from revmux_vllm.backbones.base import Backbone
 from revmux_vllm.backbones.loading import load_backbone
+from revmux_vllm.problems import Problem
 from revmux_vllm.training import cascade, data, trainer, work
 from revmux_vllm.training.card import front_matter, model_card
 from revmux_vllm.training.checks import Task, check
@@ -24,6 +25,7 @@ from revmux_vllm.training.losses import UNLABELLED
 from revmux_vllm.training.matching import match_composites
 from revmux_vllm.training.options import AUTO, STORE_DTYPES, TrainOptions
 from revmux_vllm.training.plot import PLOT_FILE, plot_report
+from revmux_vllm.training.scores import correlation
 from revmux_vllm.training.survey import survey
 
 logger = logging.getLogger(__name__)
@@ -83,6 +85,11 @@ def _compared(
 ) -> tuple[Features, Features | None]:
     """``known``, with a warning where the labels cannot be of this backbone's classes."""
     own = known[0]
+    if task.problem is Problem.VALUES:
+        there = ~own.labels.isnan()
+        if there.any() and correlation(own.logits[there], own.labels[there]) < 0:
+            logger.warning("labels are the higher the lower the frozen backbone's values are")
+        return known
     labelled = own.labels != UNLABELLED
     right = (own.logits.argmax(-1) == own.labels)[labelled].float()
     chance = 1 / own.logits.shape[-1]
@@ -120,10 +127,10 @@ def fit(task: Task, backbone: Backbone, features: Features, held_out: Features |
     exits = make_exits(layers, size, options.adapter_hidden_size, len(task.names))
     model = LadderModel(backbone, ladder, exits, options.recipe.paper_loss)
     trainer.train(model, features, held_out, work.folder_in(options.output), options)
-    thresholds = {}
-    if held_out is not None:
-        given = exit_probabilities(exits, held_out)
-        thresholds = cascade.calibrate(given, held_out.logits.softmax(-1))
+    thresholds, problem = {}, backbone.problem
+    if held_out is not None and problem is not Problem.VALUES:
+        given = exit_probabilities(exits, held_out, problem)
+        thresholds = cascade.calibrate(given, problem.read(held_out.logits))
     return Trained(ladder, exits, thresholds)
 
 
@@ -156,7 +163,7 @@ def write(task: Task, backbone: Backbone, trained: Trained) -> dict[str, Any]:
     (output / PLOT_FILE).unlink(missing_ok=True)
     report: dict[str, Any] = {}
     if task.measured is not None:
-        own = _features_of(task, backbone, task.measured)
+        own = _features_of(task, backbone, task.measured, mixed=False)
         report = evaluate(backbone, ladder, exits, own, task.names, thresholds=thresholds)
         checkpoint.write_card(output, card(report), report)
         plot_report(report, output / PLOT_FILE, output.name)
@@ -168,15 +175,20 @@ def _exit_layers(task: Task, backbone: Backbone) -> list[int]:
     return exit_layers(task.config, backbone.num_layers)
 
 
-def _features_of(task: Task, backbone: Backbone, rows: data.LabelledText) -> Features:
-    return extract(
-        backbone,
-        task.tokenizer,
-        rows,
-        task.options.max_tokens,
-        _exit_layers(task, backbone),
-        overflow=work.folder_in(task.options.output),
-    )
+def _features_of(
+    task: Task, backbone: Backbone, rows: data.LabelledText, mixed: bool = True
+) -> Features:
+    """``mixed``: in the precision of the training; what is measured is always in float32."""
+    device = next(backbone.layers[0].parameters()).device
+    with torch.autocast(device.type, torch.bfloat16, enabled=task.options.bf16 and mixed):
+        return extract(
+            backbone,
+            task.tokenizer,
+            rows,
+            task.options.max_tokens,
+            _exit_layers(task, backbone),
+            overflow=work.folder_in(task.options.output),
+        )
 
 
 def _store_dtype(task: Task) -> torch.dtype:

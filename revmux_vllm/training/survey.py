@@ -30,6 +30,7 @@ from revmux_vllm.training.exits import make_exits
 from revmux_vllm.training.features import extract
 from revmux_vllm.training.ladder_model import LadderModel
 from revmux_vllm.training.recipes import RECIPES
+from revmux_vllm.training.scores import agreement
 
 ROWS = 3000
 HELD_OUT = 0.2
@@ -75,9 +76,10 @@ def survey(task: Task, backbone: Backbone, folder: Path) -> Proposal:
     shutil.rmtree(folder, ignore_errors=True)
     trainer.train(LadderModel(backbone, ladder, exits, False), own, None, folder, options)
     shutil.rmtree(folder, ignore_errors=True)
-    given = exit_probabilities(exits, other).argmax(-1)  # (B, E)
-    backbones = other.logits.argmax(-1)
-    agreements = (given == backbones[:, None]).float().mean(0).tolist()
+    given, own_answers = exit_probabilities(exits, other, backbone.problem), other.logits
+    agreements = [
+        agreement(given[:, place], own_answers, backbone.problem) for place in range(len(layers))
+    ]
     proposed = [propose(agreements)]
     broadcast_object_list(proposed)  # other processes count on other devices
     Console(stderr=True).print(table(agreements, proposed[0]))

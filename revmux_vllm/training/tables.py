@@ -36,7 +36,7 @@ def report_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
 def near_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
     """The same report as rows under ``NEAR_COLUMNS``."""
     auc = report["backbone"]["probabilities"]["auc"]
-    rows: list[tuple[str, ...]] = [("backbone", *[""] * 5, f"{auc:.3f}")]
+    rows: list[tuple[str, ...]] = [("backbone", *[""] * 5, _three(auc))]
     rows += [(name, "", "", *_probabilities(row)) for name, row in _rivals(report)]
     for rung, row in report["rungs"].items():
         ahead = (_points(row[f"ahead_of_{line}"]) for line in ("early_exit", "cascade"))
@@ -59,9 +59,14 @@ def _probabilities(row: dict[str, Any]) -> tuple[str, ...]:
     return (
         f"{near['distance_mean']:.3f}",
         f"{near['distance_p99']:.2f}",
-        _percent(near["same_side"]["0.9"]),
-        f"{near['auc']:.3f}",
+        "" if near["same_side"]["0.9"] is None else _percent(near["same_side"]["0.9"]),
+        _three(near["auc"]),
     )
+
+
+def _three(number: float | None) -> str:
+    """Digits of it; empty where there is none, as of values."""
+    return "" if number is None else f"{number:.3f}"
 
 
 def _points(difference: float | None) -> str:
@@ -90,19 +95,30 @@ def _table(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) ->
     return table
 
 
-def class_table(report: dict[str, Any]) -> Table:
-    """Confusion matrix and scores of every class, of the backbone and of every rung."""
-    names = report["classes"]
-    table = Table(title="By class: scores in per cent, rows answered as each class")
-    for column in ("", "class", "precision", "recall", "F1", *(f"as {name}" for name in names)):
+def class_table(report: dict[str, Any]) -> Table | None:
+    """Confusion matrix and scores of every class, of the backbone and of every rung.
+
+    Of several labels each has its agreement with the backbone in place of the matrix. None of
+    values.
+    """
+    if "per_class" not in report["backbone"]:
+        return None
+    names, has_matrix = report["classes"], "confusion" in report["backbone"]
+    more = [f"as {name}" for name in names] if has_matrix else ["agreement"]
+    title = "rows answered as each class" if has_matrix else "every label by itself"
+    table = Table(title=f"By class: scores in per cent, {title}")
+    for column in ("", "class", "precision", "recall", "F1", *more):
         justify: Any = "left" if column in ("", "class") else "right"
         table.add_column(column, justify=justify, no_wrap=column == "")
     rungs = {"backbone": report["backbone"]} | report["rungs"]
     for rung, row in rungs.items():
         for i, name in enumerate(names):
             scores = (f"{100 * row['per_class'][s][i]:.1f}" for s in ("precision", "recall", "f1"))
-            counts = (f"{count:.1f}" for count in row["confusion"][i])
-            table.add_row(rung if i == 0 else "", name, *scores, *counts)
+            if has_matrix:
+                last = [f"{count:.1f}" for count in row["confusion"][i]]
+            else:
+                last = [f"{100 * row['per_class']['agreement'][i]:.1f}"]
+            table.add_row(rung if i == 0 else "", name, *scores, *last)
         table.add_section()
     return table
 

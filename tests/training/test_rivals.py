@@ -10,6 +10,7 @@ from conftest import Train, make_tiny_checkpoint, revmux, write_rows
 from sklearn.metrics import roc_auc_score
 
 from revmux_vllm import checkpoint
+from revmux_vllm.problems import Problem
 from revmux_vllm.training import cascade
 from revmux_vllm.training.evaluate import agreement_at
 from revmux_vllm.training.scores import auc, compare, nearness
@@ -23,13 +24,13 @@ def two(*second: float) -> torch.Tensor:
 
 def test_probabilities_are_compared_and_not_labels_alone() -> None:
     own, near = two(0.95, 0.2, 0.6, 0.999), two(0.85, 0.2, 0.4, 0.999)
-    row = nearness(near, own, torch.tensor([1, 0, 1, 1]))
+    row = nearness(near[None], own, torch.tensor([1, 0, 1, 1]), Problem.ONE_CLASS)
     assert row["distance_mean"] == pytest.approx((0.1 + 0.2) / 4)
     assert row["distance_p99"] == pytest.approx(0.197)
     # Of eight probabilities: 0.6 and its complement change sides of 0.5; 0.95 that of 0.9.
     assert row["same_side"] == pytest.approx({"0.5": 6 / 8, "0.9": 7 / 8, "0.99": 1.0})
     assert row["auc"] == 1.0
-    scores = compare([near, own], own, torch.tensor([1, 0, 1, 1]))
+    scores = compare([near, own], own, torch.tensor([1, 0, 1, 1]), Problem.ONE_CLASS)
     assert scores["agreement"] == {"mean": 0.875, "min": 0.75, "max": 1.0}
     assert scores["confusion"] == [[1.0, 0.0], [0.5, 2.5]]
 
@@ -37,8 +38,9 @@ def test_probabilities_are_compared_and_not_labels_alone() -> None:
 def test_area_under_the_curve_is_the_mean_of_one_against_the_others() -> None:
     probabilities, labels = torch.rand(50, 3).softmax(-1), torch.arange(50) % 2  # none of the third
     areas = [roc_auc_score(labels == c, probabilities[:, c]) for c in range(2)]
-    assert auc(probabilities, labels) == pytest.approx(sum(areas) / 2)
-    assert math.isnan(auc(probabilities, labels * 0))
+    hits = labels[:, None] == torch.arange(3)
+    assert auc(probabilities, hits) == pytest.approx(sum(areas) / 2)
+    assert math.isnan(auc(probabilities, hits & False))
 
 
 def test_a_row_leaves_at_the_first_exit_that_is_sure() -> None:
