@@ -27,6 +27,8 @@ class RevMuxConfig:
         label_words: the words, one per class, whose LM-head logits are the answer; None for a
             backbone with a classification head.
         pairs: the texts come in pairs, two in one sequence.
+        score_template: how such a pair becomes one text, where two label words say whether it fits
+            (``prompts.render``); None of any other checkpoint.
         backbone: folder or hub id of the backbone's weights; None when they lie beside this file.
             A relative path counts from the checkpoint folder.
         backbone_revision: commit of a backbone on the hub; None of any other.
@@ -45,6 +47,7 @@ class RevMuxConfig:
     skip: bool = True
     label_words: tuple[str, ...] | None = None
     pairs: bool = False
+    score_template: str | None = None
     backbone: str | None = None
     backbone_revision: str | None = None
     fingerprint: Mapping[str, Any] | None = None
@@ -75,6 +78,10 @@ class RevMuxConfig:
                 "max_tokens", lambda most: most is None or _is_positive_int(most), "at least 1"
             ),
         ]
+        if self.score_template is not None and len(self.label_words or ()) != 2:
+            wanted = "two words, no and yes in this order, beside `score_template`"
+            found = self.label_words or ()
+            mistakes.append(UserError("`label_words`", expected=wanted, found=found))
         if not self.rungs:
             mistakes.insert(0, UserError("`rungs`", expected="at least one, such as mux:2"))
         if self.format_version != FORMAT_VERSION:

@@ -69,7 +69,11 @@ class Backbone(nn.Module, ABC):
         states = self.between(rows, lengths, positions, self.prefill_layers, self.num_layers)
         return self.finish(states, lengths)
 
-    @abstractmethod
+    @property
+    def dtype(self) -> torch.dtype:
+        """What its layers compute in. Rows of another come back as they came."""
+        return next(self.layers[0].parameters()).dtype
+
     def between(
         self, rows: Tensor, lengths: Tensor, positions: Tensor | None, first: int, last: int
     ) -> Tensor:
@@ -82,12 +86,24 @@ class Backbone(nn.Module, ABC):
                 knows absolute positions reads them. None: 0 to T - 1.
             first, last: layers, from 0, ``last`` not among them.
         """
+        passed = self._between(rows.to(self.dtype), lengths, positions, first, last)
+        return passed.to(rows.dtype)
+
+    @abstractmethod
+    def _between(
+        self, rows: Tensor, lengths: Tensor, positions: Tensor | None, first: int, last: int
+    ) -> Tensor:
+        """``between`` in the dtype of the layers."""
 
     def finish(self, states: Tensor, lengths: Tensor) -> Tensor:
         """States (G, T, D) after the last layer to final states (G, T', D).
 
         T' is T, or 1 where a decoder speaks.
         """
+        return self._finish(states.to(self.dtype), lengths).to(states.dtype)
+
+    def _finish(self, states: Tensor, lengths: Tensor) -> Tensor:
+        """``finish`` in the dtype of the layers."""
         return states
 
     def pooled_position(self, lengths: Tensor) -> Tensor:
@@ -100,7 +116,7 @@ class Backbone(nn.Module, ABC):
 
     def head(self, pooled: Tensor) -> Tensor:
         """Pooled vectors (M, D) to answers (M, ...), see ``Problem``."""
-        return self.problem.answers(self.classifier(pooled))
+        return self.problem.answers(self.classifier(pooled.to(self.dtype)).to(pooled.dtype))
 
 
 class LabelWords(nn.Module):

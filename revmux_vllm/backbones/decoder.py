@@ -26,7 +26,7 @@ class DecoderBackbone(Backbone):
         trunk = _cut(self.trunk, 0, self.prefill_layers)
         return trunk(input_ids=input_ids, use_cache=False).last_hidden_state
 
-    def between(
+    def _between(
         self, rows: Tensor, lengths: Tensor, positions: Tensor | None, first: int, last: int
     ) -> Tensor:
         # Without a mask transformers takes positions that skip for several packed sequences.
@@ -35,7 +35,7 @@ class DecoderBackbone(Backbone):
             inputs_embeds=rows, position_ids=positions, attention_mask=mask, use_cache=False
         ).last_hidden_state
 
-    def finish(self, states: Tensor, lengths: Tensor) -> Tensor:
+    def _finish(self, states: Tensor, lengths: Tensor) -> Tensor:
         return self.norm(states)
 
 

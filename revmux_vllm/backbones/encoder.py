@@ -24,7 +24,7 @@ class EncoderBackbone(Backbone):
         rows = self.embeddings(input_ids=input_ids, token_type_ids=token_type_ids)
         return self.between(rows, lengths, None, 0, self.prefill_layers)
 
-    def between(
+    def _between(
         self, rows: Tensor, lengths: Tensor, positions: Tensor | None, first: int, last: int
     ) -> Tensor:
         encoder = shared_copy(self.encoder)

@@ -74,15 +74,19 @@ def model_class(config: Any, label_words: Sequence[str] | None) -> Any:
 
 
 def load_backbone(
-    folder: str | Path, prefill_layers: int, label_words: Sequence[str] | None = None
+    folder: str | Path,
+    prefill_layers: int,
+    label_words: Sequence[str] | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Backbone:
-    """Load a classifier in float32 and cut it.
+    """Load a classifier and cut it.
 
     Args:
         folder: of the classifier, or a hub id.
         prefill_layers: layers (l) of the lower part.
         label_words: one word per class; the model is then a language model (causal or T5) and its
             LM head scores the words.
+        dtype: what its layers compute in.
 
     Raises:
         UserError: for a family that is not supported, weights that are missing, or a word that is
@@ -100,7 +104,7 @@ def load_backbone(
         quantization["run_compressed"] = False
     try:
         model, loaded = model_class(config, label_words).from_pretrained(
-            folder, config=config, dtype=torch.float32, output_loading_info=True
+            folder, config=config, dtype=dtype, output_loading_info=True
         )
     except (OSError, SafetensorError) as error:
         problem = f"the weights cannot be read: {str(error).splitlines()[0]}"

@@ -28,14 +28,14 @@ class T5Backbone(Backbone):
         encoder = self._layers(0, self.prefill_layers)
         return encoder(input_ids=input_ids, attention_mask=mask).last_hidden_state
 
-    def between(
+    def _between(
         self, rows: Tensor, lengths: Tensor, positions: Tensor | None, first: int, last: int
     ) -> Tensor:
         mask = inside(lengths, rows.shape[1])
         encoder = self._layers(first, last)
         return encoder(inputs_embeds=rows, attention_mask=mask).last_hidden_state
 
-    def finish(self, states: Tensor, lengths: Tensor) -> Tensor:
+    def _finish(self, states: Tensor, lengths: Tensor) -> Tensor:
         start = torch.full((len(states), 1), self.start_token, device=states.device)
         return self.decoder(
             input_ids=start,

@@ -104,6 +104,8 @@ def _config_values(config: RevMuxConfig, backbone: str | Path) -> dict[str, Any]
     values["revmux"] = config.to_dict()
     if config.label_words:
         names = [word.strip() for word in config.label_words]
+        if config.score_template is not None:  # one output: how much more yes is it than no
+            names = names[1:]
         values["id2label"] = dict(enumerate(names))
         values["label2id"] = {name: i for i, name in enumerate(names)}
     values.pop("_name_or_path", None)

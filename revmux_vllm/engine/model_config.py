@@ -6,7 +6,8 @@ decoder, so steps are as long as plain vLLM's, by default and by the user's opti
 longer than a step runs in chunks. Encoders and T5 are ``encoder_only``: their sequences run whole.
 """
 
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
@@ -22,11 +23,14 @@ from revmux_vllm.engine.refusals import refuse_impossible_options
 from revmux_vllm.engine.stat_logger_entry import offer_stat_logger
 from revmux_vllm.families import family_of
 from revmux_vllm.planning.options import Options, read_options
+from revmux_vllm.prompts import render
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 logger = init_logger("vllm.revmux")
+_with_template: set[Any] = set()
+"""Classes of models that were told in this process how the text of a pair is made."""
 
 
 class RevMuxModelConfig(VerifyAndUpdateConfig):
@@ -46,6 +50,7 @@ class RevMuxModelConfig(VerifyAndUpdateConfig):
             checkpoint.validate(vllm_config.model_config.model)
             checkpoint.backbone_folder(vllm_config.model_config.model)  # of the hub: fetched now
         served_options(vllm_config)
+        _offer_score_template(vllm_config)
         vllm_config.scheduler_config.scheduler_cls = "revmux_vllm.engine.scheduler.RevMuxScheduler"
         vllm_config.parallel_config.worker_cls = "revmux_vllm.engine.worker.RevMuxWorker"
         offer_stat_logger()
@@ -74,6 +79,26 @@ def served_options(vllm_config: "VllmConfig") -> Options:
         contracts = checkpoint.read_contracts(model.model)
     config = RevMuxConfig.from_dict(model.hf_config.revmux)
     return read_options(vllm_config.additional_config, config, measured, contracts)
+
+
+def _offer_score_template(vllm_config: "VllmConfig") -> None:
+    """Let `/score` and `/rerank` make the text of a pair as it was made in training.
+
+    vLLM asks the model's class (entrypoints/pooling/scoring/io_processor.py), and a process serves
+    one model. ``--chat-template`` of the user's wins.
+    """
+    for served_before in _with_template:
+        served_before.supports_score_template = False
+    config = RevMuxConfig.from_dict(vllm_config.model_config.hf_config.revmux)
+    if (template := config.score_template) is None:
+        return
+    from vllm.model_executor.model_loader import get_model_cls
+
+    model: Any = get_model_cls(vllm_config.model_config)
+    _with_template.add(model)
+    model.supports_score_template = True
+    model.get_score_template = staticmethod(partial(render, template))
+    model.post_process_tokens = staticmethod(lambda prompt: None)
 
 
 def _keep_no_prefixes(vllm_config: "VllmConfig") -> None:

@@ -16,6 +16,7 @@ from revmux_vllm.config import RevMuxConfig
 from revmux_vllm.errors import UserError, within
 from revmux_vllm.families import FAMILIES
 from revmux_vllm.problems import Problem, problem_of
+from revmux_vllm.prompts import render
 from revmux_vllm.training import data
 from revmux_vllm.training.device import on_cpu, process_state
 from revmux_vllm.training.evaluate import WINDOW
@@ -76,6 +77,11 @@ def check(options: TrainOptions) -> Task:
     problem = problem_of(hf_config, options.label_words)
     rows = _rows_to_train_on(options, names, problem)
     config = options.config(rows.pairs)
+    if config.score_template is not None:
+        if not rows.pairs:
+            cure = "name the columns of both with `text_columns`"
+            raise UserError("`score_template`", "the rows are single texts", cure=cure)
+        render(config.score_template, "a", "b")  # before anything is computed
     measured = _rows_to_measure(options, config, names, problem, tokenizer)
     rows, held_out = _split(options, config, names, problem, rows)
     _check_shares(options, config, len(rows), len(held_out or ()))
@@ -193,7 +199,8 @@ def _rows_to_measure(
     rows = _read_rows(options, options.eval, names, problem, need_labels=True)
     check_pairs(config, rows, options.eval)
     check_enough(config, len(rows), WINDOW)
-    tokenize(tokenizer, rows, options.max_tokens)  # what cannot be measured is no use trained
+    # What cannot be measured is no use trained.
+    tokenize(tokenizer, rows, options.max_tokens, options.score_template)
     return rows
 
 

@@ -64,6 +64,13 @@ def train(
             "labels, by whose LM-head scores a language model answers."
         ),
     ] = None,
+    score_template: Annotated[
+        Path | None,
+        typer.Option(
+            help="For a reranker that answers no or yes (--label-words `no,yes`): Jinja file that "
+            "makes one text of `query` and `document`, as vLLM's --chat-template for /score."
+        ),
+    ] = None,
     rungs: Annotated[
         str,
         typer.Option(
@@ -165,6 +172,7 @@ def train(
             text_columns=split(text_columns),
             label_column=label_column,
             label_words=split(label_words),
+            score_template=score_template and score_template.read_text(encoding="utf-8"),
             rungs=_rungs(rungs, widths),
             prefill_layers=_prefill_layers(prefill_layers),
             adapter_type=adapter_type,

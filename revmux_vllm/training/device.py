@@ -1,13 +1,19 @@
 """Where to compute, as which of several processes, and in how much memory."""
 
+import logging
 from pathlib import Path
 
 import psutil
 import torch
 from accelerate import PartialState
+from transformers import AutoConfig
 
 CGROUP = Path("/sys/fs/cgroup")
 """Of this container, version 2."""
+SHARE_FOR_WEIGHTS = 0.7
+"""Of what is free; the rest is for states."""
+
+logger = logging.getLogger(__name__)
 
 
 def on_cpu() -> bool:
@@ -18,6 +24,27 @@ def on_cpu() -> bool:
 def process_state() -> PartialState:
     """This process among those of ``accelerate launch``; accelerate must be told of CPUs."""
     return PartialState(cpu=on_cpu())
+
+
+def backbone_dtype(backbone: str | Path, device: torch.device) -> torch.dtype:
+    """What a frozen backbone is computed in: float32, unless it fits only as it is stored.
+
+    Args:
+        backbone: folder, or a hub id, whose size is not asked.
+        device: to compute on.
+    """
+    stored = getattr(AutoConfig.from_pretrained(backbone), "dtype", None) or torch.float32
+    files = [path for kind in ("*.safetensors", "*.bin") for path in Path(backbone).glob(kind)]
+    needed = sum(path.stat().st_size for path in files) * 4 // stored.itemsize
+    free = free_memory() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
+    if stored.itemsize == 4 or needed < SHARE_FOR_WEIGHTS * free:
+        return torch.float32
+    logger.warning(
+        "the backbone is computed in %s, as it is stored: in float32 it takes %.1f GB, and %.1f GB "
+        "are free",
+        *(str(stored).removeprefix("torch."), needed / 1e9, free / 1e9),
+    )
+    return stored
 
 
 def free_memory() -> int:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from revmux_vllm.backbones.base import Backbone, LabelWords, batches_by_length, inside
 from revmux_vllm.errors import UserError
+from revmux_vllm.prompts import render
 from revmux_vllm.reference import rows_at, skip_state
 from revmux_vllm.terminal import followed
 from revmux_vllm.training.data import LabelledText
@@ -70,6 +71,7 @@ def extract(
     max_tokens: int,
     exit_layers: Sequence[int] = (),
     overflow: Path | None = None,
+    template: str | None = None,
 ) -> Features:
     """Run the backbone over ``data``, longest rows first, with a progress bar.
 
@@ -80,12 +82,13 @@ def extract(
         max_tokens: longer rows are cut, with a warning.
         exit_layers: after which layers an early exit is to be trained.
         overflow: folder for prefill states that do not fit into memory.
+        template: see ``tokenize``.
 
     Raises:
         UserError: when they fit nowhere.
     """
     device = next(backbone.layers[0].parameters()).device
-    encoded = tokenize(tokenizer, data, max_tokens)
+    encoded = tokenize(tokenizer, data, max_tokens, template)
     ids, types = encoded["input_ids"], encoded.get("token_type_ids")
     lengths = torch.tensor([len(row) for row in ids])
     _check_last_tokens(backbone, tokenizer, data, ids)
@@ -147,14 +150,24 @@ def _keep(seen: dict[int, Tensor], layer: int) -> Any:
     return hook
 
 
-def tokenize(tokenizer: Any, data: LabelledText, max_tokens: int) -> Any:
+def tokenize(
+    tokenizer: Any, data: LabelledText, max_tokens: int, template: str | None = None
+) -> Any:
     """Token ids of single texts or pairs, and what else the tokenizer gives; not padded.
+
+    Args:
+        tokenizer: of transformers.
+        data: rows.
+        max_tokens: longer rows are cut.
+        template: that makes one text of a pair, see ``prompts.render``.
 
     Raises:
         UserError: naming the row of which the tokenizer makes no token.
     """
     texts: list[list[str]]
-    if data.pairs:
+    if template is not None:
+        texts = [[render(template, *pair) for pair in data.texts]]
+    elif data.pairs:
         texts = [list(side) for side in zip(*data.texts, strict=True)]
     else:
         texts = [list(map(str, data.texts))]

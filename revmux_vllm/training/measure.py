@@ -31,7 +31,7 @@ from revmux_vllm.training.checks import (
 )
 from revmux_vllm.training.contract import Seen, Terms, observe, stops_of
 from revmux_vllm.training.cost import Costs
-from revmux_vllm.training.device import process_state
+from revmux_vllm.training.device import backbone_dtype, process_state
 from revmux_vllm.training.evaluate import Groups, Predict, evaluate
 from revmux_vllm.training.exits import load_exits
 from revmux_vllm.training.features import Features, extract, tokenize
@@ -78,7 +78,8 @@ def measure(
     )
     answering: AbstractContextManager[Predict | None] = nullcontext()
     if engine:
-        encoded = tokenize(subject.tokenizer, subject.texts, subject.max_tokens)
+        template = subject.ladder.config.score_template
+        encoded = tokenize(subject.tokenizer, subject.texts, subject.max_tokens, template)
         prompts = encoded["input_ids"]
         answering = engine_answers(subject.folder, prompts, window, subject.backbone.problem)
     with answering as answer:
@@ -199,7 +200,8 @@ def load(
     exits = nn.ModuleDict()
     if window is not None:
         exits = load_exits(folder, hf_config.hidden_size, len(names)).to(device)
-    features = extract(backbone, tokenizer, texts, max_tokens, [int(layer) for layer in exits])
+    layers, template = [int(layer) for layer in exits], config.score_template
+    features = extract(backbone, tokenizer, texts, max_tokens, layers, template=template)
     return Subject(folder, backbone, ladder, tokenizer, names, texts, exits, features, max_tokens)
 
 
@@ -222,7 +224,8 @@ def keep(folder: Path, config: RevMuxConfig, num_layers: int, report: dict[str, 
 def _load_backbone(folder: Path, config: RevMuxConfig) -> Backbone:
     source = checkpoint.backbone_folder(folder)
     try:
-        return load_backbone(source, config.prefill_layers, config.label_words)
+        dtype = backbone_dtype(source, process_state().device)
+        return load_backbone(source, config.prefill_layers, config.label_words, dtype)
     except OSError as error:  # named by a hub id that cannot be reached
         problem = f"its backbone {source} cannot be read: {str(error).splitlines()[0]}"
         raise UserError(f"{folder}", problem) from error

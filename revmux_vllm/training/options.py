@@ -29,6 +29,8 @@ class TrainOptions:
         text_columns: one column, or two for pairs; None: the usual names.
         label_column: None: the usual names.
         label_words: one word per class, for a language model that answers with words.
+        score_template: how a pair becomes one text where two words say whether it fits; see
+            ``prompts.render``.
         rungs: all trained together; None: proposed by a survey of early exits.
         prefill_layers: None: proposed likewise.
         adapter_type, adapter_hidden_size: as ``RevMuxConfig`` has them.
@@ -54,6 +56,7 @@ class TrainOptions:
     text_columns: tuple[str, ...] | None = None
     label_column: str | None = None
     label_words: tuple[str, ...] | None = None
+    score_template: str | None = None
     rungs: tuple[Rung, ...] | None = None
     prefill_layers: int | None = None
     adapter_type: str = "revmux"
@@ -120,6 +123,7 @@ class TrainOptions:
             skip=self.recipe.skip,
             label_words=self.label_words,
             pairs=pairs,
+            score_template=self.score_template,
             max_tokens=self.max_tokens,
         )
 

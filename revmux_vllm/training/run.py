@@ -16,7 +16,7 @@ from revmux_vllm.problems import Problem
 from revmux_vllm.training import cascade, data, trainer, work
 from revmux_vllm.training.card import front_matter, model_card
 from revmux_vllm.training.checks import Task, check
-from revmux_vllm.training.device import process_state
+from revmux_vllm.training.device import backbone_dtype, process_state
 from revmux_vllm.training.evaluate import evaluate, exit_probabilities
 from revmux_vllm.training.exits import exit_layers, make_exits, save_exits
 from revmux_vllm.training.features import Features, extract
@@ -48,7 +48,8 @@ def train_checkpoint(options: TrainOptions, resume: bool = False) -> dict[str, A
     folder, state = work.folder_in(options.output), process_state()
     task = check(work.resumed(folder, options) if resume else options)
     layers = task.config.prefill_layers
-    backbone = load_backbone(options.backbone, layers, options.label_words).to(state.device)
+    dtype = backbone_dtype(options.backbone, state.device)
+    backbone = load_backbone(options.backbone, layers, options.label_words, dtype).to(state.device)
     if state.is_main_process:
         work.begin(folder, task.options, resume)
     state.wait_for_everyone()
@@ -188,6 +189,7 @@ def _features_of(
             task.options.max_tokens,
             _exit_layers(task, backbone),
             overflow=work.folder_in(task.options.output),
+            template=task.config.score_template,
         )
 
 

@@ -69,7 +69,15 @@ def survey(task: Task, backbone: Backbone, folder: Path) -> Proposal:
     )
     ladder = AdapterLadder(config, backbone.hidden_size)
     own, other = (
-        extract(backbone, task.tokenizer, part, task.options.max_tokens, layers, folder)
+        extract(
+            backbone,
+            task.tokenizer,
+            part,
+            task.options.max_tokens,
+            layers,
+            folder,
+            task.config.score_template,
+        )
         for part in (rows, measured)
     )
     options = replace(task.options, recipe=RECIPE)

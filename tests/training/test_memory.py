@@ -4,7 +4,12 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
+from conftest import Train, write_rows
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification
 
+from revmux_vllm import checkpoint
 from revmux_vllm.training import device
 from revmux_vllm.training.features import _buffer
 
@@ -48,3 +53,24 @@ def test_what_a_container_has_no_room_for_is_kept_in_a_file(
     _buffer(50_000, 64, tmp_path / "large")
     assert not (tmp_path / "small").exists()
     assert [path.stat().st_size for path in (tmp_path / "large").iterdir()] == [50_000 * 64 * 4]
+
+
+def test_a_backbone_that_fits_only_as_it_is_stored_trains_so(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    train("--train nowhere.tsv")  # makes the backbone
+    folder = tmp_path / "backbone"
+    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+    dev = write_rows(tmp_path / "dev.tsv", 32, 1)
+    assert train(f"--eval {dev}").exit_code == 0
+    assert "as it is stored" not in caplog.text
+    whole = checkpoint.read_report(tmp_path / "out")
+    size = (folder / "model.safetensors").stat().st_size
+    limit = container(tmp_path, str(int(2.5 * size)))  # in float32 it takes 2 times its size
+    monkeypatch.setattr(device, "CGROUP", limit)
+    assert train(f"--eval {dev} --output {tmp_path / 'narrow'}").exit_code == 0
+    assert "computed in bfloat16, as it is stored" in caplog.text
+    assert load_file(tmp_path / "narrow" / "adapter.safetensors")
+    narrow = checkpoint.read_report(tmp_path / "narrow")
+    assert narrow["backbone"]["accuracy"] == pytest.approx(whole["backbone"]["accuracy"], abs=0.1)

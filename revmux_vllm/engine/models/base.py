@@ -384,4 +384,7 @@ class RevMuxForSequenceClassification(nn.Module, SupportsQuant, ABC):
             yield name, weight
         if self.word_tokens:
             name = "lm_head.weight" if "lm_head.weight" in rows else self.embeddings_name
-            yield "score.weight", rows[name] * self.words_scale
+            score = rows[name] * self.words_scale
+            if self.revmux.score_template is not None:
+                score = score[1:] - score[:1]
+            yield "score.weight", score

@@ -1,0 +1,26 @@
+"""How a query and a document become one text, of which a language model says whether they fit."""
+
+from revmux_vllm.errors import UserError
+
+
+def render(template: str, query: str, document: str) -> str:
+    """One text of a pair.
+
+    Args:
+        template: Jinja over ``messages``, as vLLM's ``--chat-template`` for ``/score`` has it: the
+            first is of the role ``query``, the second of ``document``, each with its ``content``.
+        query, document: the pair.
+
+    Raises:
+        UserError: where it is no template.
+    """
+    from jinja2 import TemplateError
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    pair = {"query": query, "document": document}
+    messages = [{"role": role, "content": text} for role, text in pair.items()]
+    try:
+        (text, *_), _ = render_jinja_template(conversations=[messages], chat_template=template)
+    except TemplateError as error:
+        raise UserError("`score_template`", f"cannot be rendered: {error}") from error
+    return str(text)
