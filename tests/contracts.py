@@ -80,14 +80,15 @@ class Promised:
 
 
 def samples(base_url: str, name: str, label: str = "") -> dict[str, float]:
-    """Values of a server's metric by one of its labels."""
+    """Values of a server's metric by one of its labels, added up over the others."""
     page = httpx.get(f"{base_url}/metrics", timeout=30).text
-    return {
-        sample.labels.get(label, ""): sample.value
-        for family in text_string_to_metric_families(page)
-        for sample in family.samples
-        if sample.name == name
-    }
+    found: dict[str, float] = {}
+    for family in text_string_to_metric_families(page):
+        for sample in family.samples:
+            if sample.name == name:
+                key = sample.labels.get(label, "")
+                found[key] = found.get(key, 0.0) + sample.value
+    return found
 
 
 def check_contract(

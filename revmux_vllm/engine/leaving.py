@@ -16,6 +16,7 @@ from revmux_vllm.adapters.trust import trust
 from revmux_vllm.engine.layout import A, MuxLayout
 from revmux_vllm.engine.transfer import sent
 from revmux_vllm.planning.contract import Contract
+from revmux_vllm.planning.watching import TRUST_EDGES, TRUST_NAMES
 from revmux_vllm.problems import Problem
 from revmux_vllm.rungs import Ends, Rung
 
@@ -97,7 +98,7 @@ class Leaving:
         layout: of what goes on.
         vectors: (M, D) of those that have left.
         left: how many left where.
-        shadows: see ``StepTimes``.
+        shadows, trusts: see ``StepTimes``.
     """
 
     def __init__(
@@ -122,6 +123,7 @@ class Leaving:
         self.vectors = like.new_zeros(len(self.going), like.shape[-1])
         self.left: dict[str, int] = {}
         self.shadows: dict[tuple[str, str], int] = {}
+        self.trusts: dict[str, list[int]] = {}
         # (M',) the stop where each shadow would have left: NOWHERE yet, or it is no shadow; and its
         # class there.
         is_shadow = torch.from_numpy(chosen).to(like.device)
@@ -145,16 +147,20 @@ class Leaving:
         if least is None:
             return rows
         weights, bias = self.model.trusts[place]
-        sure = trust(torch.stack(self.said, dim=1), weights, bias) >= least
+        trusts = trust(torch.stack(self.said, dim=1), weights, bias)
         group = get_tp_group()
         if group.world_size > 1:  # ranks that differed in one would wait for one another for ever
-            sure = group.broadcast(sure.int(), src=0).bool()
+            trusts = group.broadcast(trusts, src=0)
+        sure = trusts >= least
         if self.has_shadows:
             now = sure & (self.would_leave == NOWHERE)
             self.would_leave = torch.where(now, place, self.would_leave)
             self.would_say = torch.where(now, logits.argmax(-1), self.would_say)
             sure = sure & (self.would_leave == NO_SHADOW)
-        return self._let_go(stop, sure.cpu().numpy(), vectors.to(self.vectors.dtype), rows)
+        seen = torch.stack([trusts, sure.to(trusts.dtype)]).cpu().numpy()  # the one look
+        places = np.searchsorted(TRUST_EDGES, seen[0], side="right")
+        self.trusts[str(stop)] = np.bincount(places, minlength=len(TRUST_NAMES)).tolist()
+        return self._let_go(stop, seen[1] > 0, vectors.to(self.vectors.dtype), rows)
 
     def _let_go(self, stop: Rung, leaves: np.ndarray, vectors: Tensor, rows: Tensor) -> Tensor:
         if not leaves.any():

@@ -76,6 +76,12 @@ def _counters(by: list[str]) -> dict[str, prometheus.Counter]:
             "contract's answer would have been the same one, or another.",
             [*by, "answer"],
         ),
+        "trust": prometheus.Counter(
+            "revmux:contract_trust",
+            "How sure the stops of the accuracy contract were of the requests that came to them, "
+            "in log odds, by the stop.",
+            [*by, "stop", "trust"],
+        ),
         "fallbacks": prometheus.Counter(
             "revmux:fallbacks",
             "Requests that ran alone, by reason: light_load, no_partner, isolation, exact, "
@@ -209,7 +215,9 @@ class RevMuxStatLogger(StatLoggerBase):
             if kind == "now":
                 self._set(label, n)
                 continue
-            by = (*self.labels.values(), label) if label else self.labels.values()
+            # One label, or the two of a trust, or none.
+            more = label.split(" ", 1) if kind == "trust" else filter(None, [label])
+            by = (*self.labels.values(), *more)
             self._metrics.counters[kind].labels(*by).inc(n)
             if kind == "shadow":
                 self._record_shadows(label, n)

@@ -157,7 +157,7 @@ class RevMuxScheduler(Scheduler):
                 one.tokens, one.rows, one.seconds[LOWER], one.seconds.get(UPPER, 0.0)
             )
         costs.observe_overhead(seconds - last.seconds[LOWER] - last.seconds.get(UPPER, 0.0))
-        if self.planner.left(last.left, last.shadows):
+        if self.planner.left(last.left, last.shadows, last.trusts):
             logger.warning(
                 "RevMUX: requests leave elsewhere than the rows that the accuracy contract was "
                 "calibrated on (drift %.1f, from 1 on), so the promise may not hold for them. "

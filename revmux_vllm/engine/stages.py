@@ -28,6 +28,7 @@ class StepTimes:
         left: how many requests under an accuracy contract left where, by rung.
         shadows: of those that ran to the end all the same: where they would have left, by rung, and
             whether with the same answer, ``same`` or ``other``.
+        trusts: how many were how sure at each stop, by rung; see ``planning.watching.TRUST_NAMES``.
     """
 
     tokens: int
@@ -35,6 +36,7 @@ class StepTimes:
     seconds: dict[str, float]
     left: dict[str, int] = field(default_factory=dict)
     shadows: dict[tuple[str, str], int] = field(default_factory=dict)
+    trusts: dict[str, list[int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class MarkedPass:
     """A forward pass as it was marked: on a GPU perhaps not over yet.
 
     Attributes:
-        tokens, rows, left, shadows: as of ``StepTimes``.
+        tokens, rows, left, shadows, trusts: as of ``StepTimes``.
         marks: name of the stage that ended, and when: seconds, or an event of the device's.
     """
 
@@ -51,12 +53,14 @@ class MarkedPass:
     marks: list[tuple[str, Any]]
     left: dict[str, int]
     shadows: dict[tuple[str, str], int]
+    trusts: dict[str, list[int]]
 
     def times(self) -> StepTimes:
         """Its times; on a GPU this waits for the pass."""
         pairs = itertools.pairwise(self.marks)
         seconds = {stage: _between(before, at) for (_, before), (stage, at) in pairs}
-        return StepTimes(self.tokens, self.rows, seconds, self.left, self.shadows)
+        told = self.left, self.shadows, self.trusts
+        return StepTimes(self.tokens, self.rows, seconds, *told)
 
 
 class StageClock:
@@ -82,9 +86,11 @@ class StageClock:
         rows: float,
         left: dict[str, int] | None = None,
         shadows: dict[tuple[str, str], int] | None = None,
+        trusts: dict[str, list[int]] | None = None,
     ) -> None:
         """The pass has ended."""
-        self._finished.append(MarkedPass(tokens, rows, self._marks, left or {}, shadows or {}))
+        told = left or {}, shadows or {}, trusts or {}
+        self._finished.append(MarkedPass(tokens, rows, self._marks, *told))
 
     def take(self) -> list[MarkedPass]:
         """The passes since the last call."""

@@ -22,7 +22,7 @@ from revmux_vllm.planning.costs import ArrivalRate, Backlog, Budgets, LayerCosts
 from revmux_vllm.planning.options import Options
 from revmux_vllm.planning.packing import MuxPlan, fallbacks, first_of, pack_rungs
 from revmux_vllm.planning.policy import Fixed, Policy, make_policy
-from revmux_vllm.planning.watching import Drift
+from revmux_vllm.planning.watching import TRUST_NAMES, Drift
 from revmux_vllm.rungs import Rung
 
 IDLE_S = 0.1
@@ -134,7 +134,10 @@ class StepPlanner:
         self._idle_since_s = now_s
 
     def left(
-        self, counts: Mapping[str, int], shadows: Mapping[tuple[str, str], int] | None = None
+        self,
+        counts: Mapping[str, int],
+        shadows: Mapping[tuple[str, str], int] | None = None,
+        trusts: Mapping[str, Sequence[int]] | None = None,
     ) -> bool:
         """So many requests under the contract left at each exit, or went to the end.
 
@@ -142,6 +145,7 @@ class StepPlanner:
             counts: by rung.
             shadows: of those that went to the end as a sample, by the rung where they would have
                 left and by ``same`` or ``other``, their answer there.
+            trusts: at every stop, how many requests had a trust in each of ``TRUST_NAMES``.
 
         Returns:
             Whether the traffic is not any more, since now, what the contract was calibrated for.
@@ -156,6 +160,10 @@ class StepPlanner:
             self.counts["composites", rung] += number
         for rung, number in would.items():
             self.counts["contract", rung] += number
+        for rung, numbers in (trusts or {}).items():
+            for name, number in zip(TRUST_NAMES, numbers, strict=True):
+                if number:
+                    self.counts["trust", f"{rung} {name}"] += number
         return self.drift is not None and bool(counts) and self.drift.observe(would)
 
     def arrive(self, num_tokens: int) -> None:

@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Mapping
+from itertools import pairwise
 
 from revmux_vllm.planning.contract import Contract
 from revmux_vllm.rungs import Rung
@@ -12,6 +13,13 @@ WINDOW = 500
 DEVIATIONS = 4.75
 """Standard deviations that are too many: by chance one window in a million has them."""
 CONFIDENCE_DEVIATIONS = 1.96
+TRUST_EDGES = (-2, 0, 1, 2, 3, 4, 5, 6, 8)
+"""Between which trusts are counted, in log odds."""
+TRUST_NAMES = (
+    f"below {TRUST_EDGES[0]}",
+    *(f"{low} to {high}" for low, high in pairwise(TRUST_EDGES)),
+    f"from {TRUST_EDGES[-1]}",
+)
 
 
 class Drift:

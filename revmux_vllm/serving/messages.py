@@ -2,7 +2,6 @@
 
 import json
 import statistics
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +13,11 @@ TEXTS = (
     *("queries", "documents", "items", "query"),
 )
 """Where vLLM's requests have their texts."""
+PAIRS = (
+    *(("text_1", "text_2"), ("data_1", "data_2"), ("queries", "documents"), ("queries", "items")),
+    ("query", "documents"),
+)
+"""Of which the first may be one text and the second many."""
 
 Headers = tuple[tuple[bytes, bytes], ...]
 
@@ -70,6 +74,10 @@ def measure(body: bytes) -> Work:
         if not isinstance(values, dict):
             return Work()
         lengths = [length for key in TEXTS for length in _lengths(values.get(key))]
+        for one, many in PAIRS:  # a single query is read with every document
+            query, times = _lengths(values.get(one)), len(_lengths(values.get(many))) - 1
+            if len(query) == 1 and times > 0:
+                lengths += query * times
     except (ValueError, RecursionError):  # no JSON, or JSON nested deeper than any request is
         return Work()
     if not lengths:
@@ -83,7 +91,7 @@ def measure(body: bytes) -> Work:
     )
 
 
-def _lengths(value: Any) -> Sequence[int]:
+def _lengths(value: Any) -> list[int]:
     if isinstance(value, str):
         return [len(value)]
     if isinstance(value, dict):

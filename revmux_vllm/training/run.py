@@ -1,6 +1,5 @@
 """One training from start to finish: check everything, features, fit, write."""
 
-import logging
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -21,14 +20,11 @@ from revmux_vllm.training.evaluate import evaluate, exit_probabilities
 from revmux_vllm.training.exits import exit_layers, make_exits, save_exits
 from revmux_vllm.training.features import Features, extract
 from revmux_vllm.training.ladder_model import LadderModel
-from revmux_vllm.training.losses import UNLABELLED
 from revmux_vllm.training.matching import match_composites
 from revmux_vllm.training.options import AUTO, STORE_DTYPES, TrainOptions
+from revmux_vllm.training.order import warn_of_another_order
 from revmux_vllm.training.plot import PLOT_FILE, plot_report
-from revmux_vllm.training.scores import correlation
 from revmux_vllm.training.survey import survey
-
-logger = logging.getLogger(__name__)
 
 
 def train_checkpoint(options: TrainOptions, resume: bool = False) -> dict[str, Any] | None:
@@ -59,7 +55,7 @@ def train_checkpoint(options: TrainOptions, resume: bool = False) -> dict[str, A
             work.note(folder, task.options)
     set_seed(options.seed)
     # No name for the features: they are freed before what was trained is measured.
-    trained = fit(task, backbone, *_compared(task, features(task, backbone)))
+    trained = fit(task, backbone, *features(task, backbone))
     return write(task, backbone, trained) if state.is_main_process else None
 
 
@@ -77,30 +73,9 @@ def features(task: Task, backbone: Backbone) -> tuple[Features, Features | None]
     """What the backbone says of the rows to train on, with their copies, and of those held out."""
     copies = data.spliced_copies(task.rows, task.options.recipe.copies, task.options.seed)
     own = _features_of(task, backbone, task.rows + copies)
+    warn_of_another_order(own, task.names, task.problem)
     held_out = None if task.held_out is None else _features_of(task, backbone, task.held_out)
     return own, held_out
-
-
-def _compared(
-    task: Task, known: tuple[Features, Features | None]
-) -> tuple[Features, Features | None]:
-    """``known``, with a warning where the labels cannot be of this backbone's classes."""
-    own = known[0]
-    if task.problem is Problem.VALUES:
-        there = ~own.labels.isnan()
-        if there.any() and correlation(own.logits[there], own.labels[there]) < 0:
-            logger.warning("labels are the higher the lower the frozen backbone's values are")
-        return known
-    labelled = own.labels != UNLABELLED
-    right = (own.logits.argmax(-1) == own.labels)[labelled].float()
-    chance = 1 / own.logits.shape[-1]
-    if len(right) and right.mean() < chance:
-        logger.warning(
-            "labels and the frozen backbone agree on %.1f %% of %d rows, less than chance (%.1f "
-            "%%). Are the classes in another order than the backbone's, %s?",
-            *(100 * right.mean().item(), len(right), 100 * chance, ", ".join(task.names)),
-        )
-    return known
 
 
 class Trained(NamedTuple):

@@ -13,6 +13,7 @@ from contracts import AGREEMENT, Promised, samples
 
 from revmux_vllm.bench.local_server import LocalServer
 from revmux_vllm.engine.environment import untouched
+from revmux_vllm.planning.watching import TRUST_NAMES
 
 OPTIONS = {"agreement": AGREEMENT, "policy": "fixed:contract", "shadow_rate": 0.5}
 NUM_TEXTS = 300
@@ -46,6 +47,12 @@ def test_what_it_promises_is_said_and_counted(server: LocalServer) -> None:
     assert set(left) <= {"exit", "exit@2", "exit@3", "alone"}
     ran = samples(server.base_url, "revmux:requests_total", "rung")
     assert sum(ran.values()) == NUM_TEXTS
+    came = samples(server.base_url, "revmux:contract_trust_total", "stop")
+    assert came["exit"] == NUM_TEXTS, "all come to the first stop"
+    assert came["exit"] > came["exit@2"] > came["exit@3"] > 0
+    trusts = samples(server.base_url, "revmux:contract_trust_total", "trust")
+    assert len(trusts) > 3
+    assert set(trusts) <= set(TRUST_NAMES)
     shadows = samples(server.base_url, "revmux:shadow_requests_total", "answer")
     assert 0 < sum(shadows.values()) < NUM_TEXTS
     assert ran["alone"] == left.get("alone", 0) + sum(shadows.values()), "they ran to the end"
@@ -56,7 +63,7 @@ def test_what_it_promises_is_said_and_counted(server: LocalServer) -> None:
     page = (Path(__file__).parents[2] / "docs/accuracy-contract.md").read_text()
     metrics = httpx.get(f"{server.base_url}/metrics", timeout=30).text
     names = set(re.findall(r"\brevmux:\w+", page))
-    assert len(names) == 5
+    assert len(names) == 6
     assert all(f"\n{name}{{" in metrics for name in names)
 
 

@@ -95,7 +95,8 @@ def test_labels_of_another_order_are_noticed(
         (tmp_path / "train.tsv").write_text("\n".join(["label\ttext", *rows]) + "\n")
         caplog.clear()
         assert train("--hold-out 0").exit_code == 0
-        assert ("agree on 0.0 % of 64 rows, less than chance (50.0 %)" in caplog.text) == warns
+        assert ("agree on 0.0 % of 64 rows (chance 50.0 %)" in caplog.text) == warns
+        assert ("100.0 %: LABEL_0 as LABEL_1, LABEL_1 as LABEL_0" in caplog.text) == warns
 
 
 def test_what_is_not_installed_is_named(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:

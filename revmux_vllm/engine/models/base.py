@@ -216,7 +216,7 @@ class RevMuxForSequenceClassification(nn.Module, SupportsQuant, ABC):
             clock.mark(UPPER)
         result = self.demultiplex(alone, read, skip, len(hidden), layout)
         clock.mark(DEMULTIPLEX)
-        told = () if leaving is None else (leaving.left, leaving.shadows)
+        told = () if leaving is None else (leaving.left, leaving.shadows, leaving.trusts)
         clock.finish(layout.num_tokens, mean_rows, *told)
         return result
 
