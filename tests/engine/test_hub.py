@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from revmux_vllm import checkpoint
 from revmux_vllm.backbones.loading import load_backbone
+from revmux_vllm.inspection import describe
 from revmux_vllm.reference import classify
 from revmux_vllm.rungs import Rung
 
@@ -103,8 +104,7 @@ def test_the_commands_take_its_name(folder: Path, environment: dict[str, str]) -
     assert facts["backbone"] == f"{BACKBONE} at {OLD}"
     assert facts["rungs"].keys() == {"mux:2", "mux:4", "mux:8"}
     assert facts["backbone_fingerprint"] is None
-    own = json.loads(run(environment, "-m", "revmux_vllm.cli", "inspect", str(folder), "--json"))
-    assert len(own["backbone_fingerprint"]) == 64
+    assert len(describe(folder)["backbone_fingerprint"]) == 64
 
 
 def test_what_cannot_be_had_is_named_with_the_cure(environment: dict[str, str]) -> None:
