@@ -29,6 +29,7 @@ import ray
 from revmux_vllm.engine.environment import set_for_good
 from revmux_vllm.engine.in_process import InProcessEngine
 from revmux_vllm.errors import UserError
+from revmux_vllm.problems import problem_of
 from revmux_vllm.serving.batch import MANIFEST, Partition, Run
 from revmux_vllm.serving.cluster import connect
 from revmux_vllm.serving.parquet import Slice, read_rows, texts_of, with_answers, write_whole
@@ -118,7 +119,8 @@ class Classifier:
         outputs = self.engine.classify([text for text in texts if text is not None], cut=True)
         answers = iter(outputs)
         probs = [None if text is None else next(answers).outputs.probs for text in texts]
-        answered = with_answers(table, probs, config.hf_config.id2label, self.run.answer_columns)
+        labels, problem = config.hf_config.id2label, problem_of(config.hf_config)
+        answered = with_answers(table, probs, labels, self.run.answer_columns, problem)
         write_whole(answered, partition.part(self.output))
         full = sum(len(output.prompt_token_ids) == config.max_model_len for output in outputs)
         return {"rows": len(table), "full_length": full, "began": began}

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from revmux_vllm.errors import UserError
+from revmux_vllm.problems import Problem
 
 BATCH_ROWS = 16_384
 
@@ -142,10 +143,20 @@ def with_answers(
     probs: Sequence[Sequence[float] | None],
     labels: dict[int, str],
     names: list[str],
+    problem: Problem = Problem.ONE_CLASS,
 ) -> pa.Table:
-    """The table with three more columns; rows whose ``probs`` are None have null in all of them."""
-    best = [None if p is None else max(range(len(p)), key=p.__getitem__) for p in probs]
-    label = [None if i is None else labels[i] for i in best]
+    """The table with three more columns; rows whose ``probs`` are None have null in all of them.
+
+    Of several labels at once ``label`` has those that are likelier than not, with commas between
+    them, as `revmux train` reads them.
+    """
+
+    def named(row: Sequence[float]) -> str:
+        if problem is Problem.LABELS:
+            return ",".join(labels[i] for i, p in enumerate(row) if p > 0.5)
+        return labels[max(range(len(row)), key=row.__getitem__)]
+
+    label = [None if p is None else named(p) for p in probs]
     probability = [None if p is None else max(p) for p in probs]
     columns = (
         pa.array(label, pa.string()),

@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 
 from revmux_vllm.cli import app
 from revmux_vllm.errors import UserError
+from revmux_vllm.problems import Problem
 from revmux_vllm.serving import batch, batch_ray, parquet
 from revmux_vllm.terminal import as_flag
 
@@ -114,6 +115,14 @@ def test_answers_stand_beside_their_rows() -> None:
     assert answered["label"].to_pylist() == ["yes", None, "no"]
     assert answered["probability"].to_pylist() == [0.75, None, 0.5]
     assert answered["probs"].to_pylist() == probs
+
+
+def test_several_labels_stand_together() -> None:
+    table = pa.table({"text": ["a", "b", None]})
+    probs = [[0.9, 0.2, 0.6], [0.1, 0.2, 0.3], None]
+    labels = {0: "toxic", 1: "insult", 2: "threat"}
+    answered = parquet.with_answers(table, probs, labels, ANSWERS, Problem.LABELS)
+    assert answered["label"].to_pylist() == ["toxic,threat", "", None]
 
 
 def test_a_part_is_there_whole_or_not_at_all(
