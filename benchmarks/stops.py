@@ -65,15 +65,19 @@ def start_up(checkpoint: str, starts: int, progress: Progress) -> dict[str, Any]
         shutil.copytree(folder, without)
         config = json.loads((without / "config.json").read_text(encoding="utf-8"))
         own = config["revmux"]
-        own["rungs"] = [name for name in own["rungs"] if Rung.parse(name).stop is None]
+        own["rungs"] = [name for name in own["rungs"] if not Rung.parse(name).stop]
         (without / "config.json").write_text(json.dumps(config), encoding="utf-8")
         (without / "contracts.json").unlink(missing_ok=True)
         for turn in range(starts + 1):
             pairs = [("stops", folder), ("without", without)]
             for name, path in pairs if turn % 2 else reversed(pairs):
                 command = [sys.executable, "-c", START, str(path), json.dumps(options)]
-                output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-                seconds[name].append(float(output.split("seconds")[-1]))
+                done = subprocess.run(command, capture_output=True, text=True, check=False)
+                if done.returncode:
+                    raise SystemExit(
+                        f"the engine {name} stops did not start: {done.stderr[-2000:]}"
+                    )
+                seconds[name].append(float(done.stdout.split("seconds")[-1]))
                 progress.advance(task)
     medians = {name: statistics.median(own[1:]) for name, own in seconds.items()}
     return {"seconds": seconds, **medians, "ratio": medians["stops"] / medians["without"]}

@@ -82,6 +82,11 @@ class RevMuxConfig:
             wanted = "two words, no and yes in this order, beside `score_template`"
             found = self.label_words or ()
             mistakes.append(UserError("`label_words`", expected=wanted, found=found))
+        elif self.score_template is not None and self.label_words is not None:
+            no, yes = (word.strip().casefold() for word in self.label_words)
+            if no in ("yes", "true") or yes in ("no", "false"):
+                expected, found = "no before yes", self.label_words
+                mistakes.append(UserError("`label_words`", expected=expected, found=found))
         if not self.rungs:
             mistakes.insert(0, UserError("`rungs`", expected="at least one, such as mux:2"))
         if self.format_version != FORMAT_VERSION:

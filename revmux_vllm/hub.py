@@ -5,14 +5,15 @@ from pathlib import Path
 
 from revmux_vllm.errors import UserError
 
-_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md")
 OTHER_WEIGHTS = ("pytorch_model*.bin",)
+NOT_READ = ("checkpoint-*", "consolidated*", "onnx/*", "openvino/*", "original/*")
 
 
 def is_id(name: str) -> bool:
     """Whether ``name`` may be a model of the hub: `USER/NAME`, and no folder."""
-    return "/" in name and bool(_ID.fullmatch(name)) and not Path(name).exists()
+    return bool(_ID.fullmatch(name)) and not Path(name).exists()
 
 
 def snapshot(name: str, revision: str | None = None) -> Path:
@@ -29,22 +30,15 @@ def snapshot(name: str, revision: str | None = None) -> Path:
 
     at = f" at {revision}" if revision else ""
     try:
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=list(FILES)))
+        wanted = {"revision": revision, "ignore_patterns": list(NOT_READ)}
+        folder = Path(snapshot_download(name, allow_patterns=list(FILES), **wanted))
         if not any(folder.glob("*.safetensors")):
-            snapshot_download(name, revision=revision, allow_patterns=list(OTHER_WEIGHTS))
+            snapshot_download(name, allow_patterns=list(OTHER_WEIGHTS), **wanted)
     except Exception as error:  # the hub has many: offline, no such name, no right to read it, ...
-        cause = str(error).strip().splitlines()[0]
+        cause = (str(error).strip() or repr(error)).splitlines()[0]
         cure = "is the name right, and the hub to be reached (HF_ENDPOINT, HF_HUB_OFFLINE)?"
         raise UserError(f"{name}{at}", f"cannot be had from the hub: {cause}", cure=cure) from error
     return folder
-
-
-def commit_of(name: str) -> str | None:
-    """Which commit of a model the cache holds as its newest; None where it holds none."""
-    from huggingface_hub import try_to_load_from_cache
-
-    path = try_to_load_from_cache(name, "config.json")
-    return Path(path).parent.name if isinstance(path, str) else None
 
 
 def config_of(name: str, revision: str | None = None) -> Path | None:

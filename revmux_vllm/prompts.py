@@ -24,3 +24,16 @@ def render(template: str, query: str, document: str) -> str:
     except TemplateError as error:
         raise UserError("`score_template`", f"cannot be rendered: {error}") from error
     return str(text)
+
+
+def check_template(template: str) -> None:
+    """Raise UserError unless ``template`` brings both texts, and no token that nobody gives it."""
+    texts = "the query's own words", "the document's own words"
+    made = render(template, *texts)
+    if missing := [text for text in texts if text not in made]:
+        cure = "write {{ messages[0]['content'] }} for the query, messages[1] for the document"
+        problem = f"what it makes has not {' and '.join(missing)}"
+        raise UserError("`score_template`", problem, cure=cure)
+    if unknown := [name for name in ("bos_token", "eos_token") if name in template]:
+        cure = "write the token itself"
+        raise UserError("`score_template`", f"{', '.join(unknown)} is not known here", cure=cure)

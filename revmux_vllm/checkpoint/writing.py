@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from safetensors.torch import save as serialize
 
-from revmux_vllm import hub
 from revmux_vllm.adapters.kinds import AdapterLadder
 from revmux_vllm.checkpoint.files import (
     ADAPTER_FILE,
@@ -35,6 +34,7 @@ def save(
     report: dict[str, Any] | None = None,
     bundle_backbone: bool = False,
     dtype: torch.dtype | None = None,
+    revision: str | None = None,
 ) -> None:
     """Write a checkpoint folder; nothing is replaced before everything is written.
 
@@ -47,12 +47,13 @@ def save(
         bundle_backbone: copy the backbone's weights into the folder (``backbone`` must be a
             folder); otherwise the checkpoint names it.
         dtype: store the adapters in this dtype; default as they are.
+        revision: commit of a ``backbone`` of the hub.
     """
     from transformers import AutoTokenizer
 
     folder = Path(folder)
     check_output(folder, backbone, bundle_backbone)
-    config = replace(ladder.config, **_named(backbone, bundle_backbone))
+    config = replace(ladder.config, **_named(backbone, bundle_backbone, revision))
     values = _config_values(config, backbone)
     partial = folder / "partial"
     shutil.rmtree(partial, ignore_errors=True)
@@ -78,14 +79,14 @@ def save(
     write_card(folder, card, report)
 
 
-def _named(backbone: str | Path, bundle_backbone: bool) -> dict[str, Any]:
+def _named(backbone: str | Path, bundle_backbone: bool, revision: str | None) -> dict[str, Any]:
     """How a checkpoint names its backbone, and which one it was."""
     if bundle_backbone:
         return {"backbone": None}
     if Path(backbone).is_dir():
         folder = Path(backbone).resolve()
         return {"backbone": str(folder), "fingerprint": fingerprint(folder)}
-    return {"backbone": str(backbone), "backbone_revision": hub.commit_of(str(backbone))}
+    return {"backbone": str(backbone), "backbone_revision": revision}
 
 
 def _config_values(config: RevMuxConfig, backbone: str | Path) -> dict[str, Any]:

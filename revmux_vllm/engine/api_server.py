@@ -4,6 +4,7 @@ What ``vllm serve`` does between reading its options and opening its port
 (vllm/entrypoints/launchers/api_server/entry.py, 0.32), so that requests and answers are the same.
 """
 
+import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -25,6 +26,8 @@ def parse_arguments(model: str, served_name: str, vllm_args: list[str]) -> Any:
         def error(self, message: str) -> None:
             raise UserError("`vllm_args`", message)
 
+    from revmux_vllm.engine.guard import warn_of_open_routes
+
     check_plugins()
     words = ["--model", model, *vllm_args]
     if not any(word.replace("_", "-").startswith("--served-model-name") for word in vllm_args):
@@ -36,7 +39,14 @@ def parse_arguments(model: str, served_name: str, vllm_args: list[str]) -> Any:
         raise
     except ValueError as error:
         raise UserError("`vllm_args`", str(error)) from error
+    warn_of_open_routes(vllm_args)
     return args
+
+
+def key_headers(args: Any) -> tuple[tuple[bytes, bytes], ...]:
+    """What a request of our own must bring where a key guards the routes."""
+    keys = [key for key in (args.api_key or [os.environ.get("VLLM_API_KEY")]) if key]
+    return tuple((b"authorization", f"Bearer {key}".encode()) for key in keys[:1])
 
 
 @asynccontextmanager

@@ -5,8 +5,7 @@
 
 import multiprocessing
 import os
-import sys
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Sequence
 
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
@@ -51,9 +50,12 @@ class Guard:
         return response(scope, receive, send)
 
 
-def warn_of_open_routes() -> None:
-    """Say once at start-up which routes a key does not guard."""
-    words = sys.argv[1:]
+def warn_of_open_routes(words: Sequence[str]) -> None:
+    """Say once at start-up which routes a key does not guard.
+
+    Args:
+        words: options of ``vllm serve``.
+    """
     has_key = bool(os.environ.get("VLLM_API_KEY")) or any(
         word.split("=")[0].replace("_", "-") == "--api-key" for word in words
     )

@@ -6,6 +6,7 @@ decoder, so steps are as long as plain vLLM's, by default and by the user's opti
 longer than a step runs in chunks. Encoders and T5 are ``encoder_only``: their sequences run whole.
 """
 
+import sys
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +46,7 @@ class RevMuxModelConfig(VerifyAndUpdateConfig):
                 what is wrong with the checkpoint.
         """
         refuse_impossible_options(vllm_config)
-        warn_of_open_routes()
+        warn_of_open_routes(sys.argv[1:])
         if vllm_config.load_config.load_format != "dummy":
             checkpoint.validate(vllm_config.model_config.model)
             checkpoint.backbone_folder(vllm_config.model_config.model)  # of the hub: fetched now

@@ -148,16 +148,26 @@ def with_answers(
     """The table with three more columns; rows whose ``probs`` are None have null in all of them.
 
     Of several labels at once ``label`` has those that are likelier than not, with commas between
-    them, as `revmux train` reads them.
+    them, as `revmux train` reads them. A single output, a cross-encoder's, says yes or no. Values
+    have no label and no probability; they are in the last column.
     """
 
     def named(row: Sequence[float]) -> str:
+        if problem is Problem.VALUES:
+            return ""
         if problem is Problem.LABELS:
             return ",".join(labels[i] for i, p in enumerate(row) if p > 0.5)
+        if len(row) == 1:
+            return "yes" if row[0] > 0.5 else "no"
         return labels[max(range(len(row)), key=row.__getitem__)]
 
+    def sure(row: Sequence[float]) -> float | None:
+        if problem is Problem.VALUES:
+            return None
+        return max(row) if len(row) > 1 else max(row[0], 1 - row[0])
+
     label = [None if p is None else named(p) for p in probs]
-    probability = [None if p is None else max(p) for p in probs]
+    probability = [None if p is None else sure(p) for p in probs]
     columns = (
         pa.array(label, pa.string()),
         pa.array(probability, pa.float32()),

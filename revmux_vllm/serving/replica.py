@@ -10,12 +10,12 @@ from logging.handlers import MemoryHandler
 from typing import Any
 
 from revmux_vllm.config import RevMuxConfig
-from revmux_vllm.engine.api_server import parse_arguments, running_app
+from revmux_vllm.engine.api_server import key_headers, parse_arguments, running_app
 from revmux_vllm.engine.environment import set_for_good
 from revmux_vllm.planning.options import read_options
 from revmux_vllm.serving.asgi import call
 from revmux_vllm.serving.autoscaling import LOAD
-from revmux_vllm.serving.messages import HttpRequest, HttpResponse, Work
+from revmux_vllm.serving.messages import Headers, HttpRequest, HttpResponse, Work
 from revmux_vllm.serving.stats import ReplicaStats, StatsReader, engine_numbers
 
 WATCH_S, PROGRESS_S = 0.5, 5.0
@@ -54,7 +54,7 @@ class EngineReplica:
         # One for each of those who look, because a rate is since the last look.
         self._for_routers, self._for_autoscaler = StatsReader(horizon_s), StatsReader(horizon_s)
         name = self._engine.model_config.served_model_name
-        await self._warm_up(name)
+        await self._warm_up(name, key_headers(args))
         watches = (self._leave_when_it_dies(), self._leave_when_it_hangs())
         self._watches = [asyncio.create_task(watch) for watch in watches]
 
@@ -109,10 +109,10 @@ class EngineReplica:
     def _look(self, reader: StatsReader) -> ReplicaStats:
         return reader.look(self._chars, is_idle=not self._under_way)
 
-    async def _warm_up(self, name: str) -> None:
+    async def _warm_up(self, name: str, key: Headers) -> None:
         """Two small requests: what steps cost is known from then on."""
         body = json.dumps({"model": name, "input": "hello"}).encode()
-        headers = ((b"content-type", b"application/json"),)
+        headers = ((b"content-type", b"application/json"), *key)
         request = HttpRequest("POST", "/classify", b"", headers, body)
         for _ in range(2):
             response = await self.answer(Work(chars=5), request)

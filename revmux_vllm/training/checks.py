@@ -5,7 +5,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import AutoConfig, AutoTokenizer
 from transformers.utils.import_utils import is_torch_bf16_gpu_available
@@ -16,7 +16,7 @@ from revmux_vllm.config import RevMuxConfig
 from revmux_vllm.errors import UserError, within
 from revmux_vllm.families import FAMILIES
 from revmux_vllm.problems import Problem, problem_of
-from revmux_vllm.prompts import render
+from revmux_vllm.prompts import check_template
 from revmux_vllm.training import data
 from revmux_vllm.training.device import on_cpu, process_state
 from revmux_vllm.training.evaluate import WINDOW
@@ -42,6 +42,7 @@ class Task:
         rows: to train on.
         held_out: to choose the best of the checkpoints and the thresholds on, or None.
         measured: to measure the result on, or None.
+        commit: of a backbone of the hub.
     """
 
     options: TrainOptions
@@ -53,6 +54,21 @@ class Task:
     rows: data.LabelledText
     held_out: data.LabelledText | None
     measured: data.LabelledText | None
+    commit: str | None = None
+
+
+class Classes(NamedTuple):
+    """What labels are read as.
+
+    Attributes:
+        names: in order.
+        are_ours: they are no names that a data set need know: label words, or no and yes.
+        problem: of the backbone.
+    """
+
+    names: list[str]
+    are_ours: bool
+    problem: Problem
 
 
 def check(options: TrainOptions) -> Task:
@@ -75,15 +91,16 @@ def check(options: TrainOptions) -> Task:
     options.config().check_backbone(hf_config.hidden_size, hf_config.num_hidden_layers)
     names = label_names(hf_config, options.label_words)
     problem = problem_of(hf_config, options.label_words)
-    rows = _rows_to_train_on(options, names, problem)
+    classes = Classes(names, bool(options.label_words) or hf_config.num_labels == 1, problem)
+    rows = _rows_to_train_on(options, classes)
     config = options.config(rows.pairs)
     if config.score_template is not None:
         if not rows.pairs:
             cure = "name the columns of both with `text_columns`"
             raise UserError("`score_template`", "the rows are single texts", cure=cure)
-        render(config.score_template, "a", "b")  # before anything is computed
-    measured = _rows_to_measure(options, config, names, problem, tokenizer)
-    rows, held_out = _split(options, config, names, problem, rows)
+        check_template(config.score_template)  # before anything is computed
+    measured = _rows_to_measure(options, config, classes, tokenizer)
+    rows, held_out = _split(options, config, classes, rows)
     _check_shares(options, config, len(rows), len(held_out or ()))
     return Task(options, config, hf_config, tokenizer, names, problem, rows, held_out, measured)
 
@@ -174,10 +191,8 @@ def _check_problem(hf_config: Any, label_words: Sequence[str] | None) -> None:
         raise UserError(f"problem_type {named!r}", expected=f"one of {', '.join(Problem)}")
 
 
-def _rows_to_train_on(
-    options: TrainOptions, names: list[str], problem: Problem
-) -> data.LabelledText:
-    rows = _read_rows(options, options.train, names, problem)
+def _rows_to_train_on(options: TrainOptions, classes: Classes) -> data.LabelledText:
+    rows = _read_rows(options, options.train, classes)
     if all(map(is_blank, rows.labels)):
         logger.warning(
             "%s: no column of labels, so the adapters learn from the backbone alone; if there is "
@@ -190,13 +205,12 @@ def _rows_to_train_on(
 def _rows_to_measure(
     options: TrainOptions,
     config: RevMuxConfig,
-    names: list[str],
-    problem: Problem,
+    classes: Classes,
     tokenizer: Any,
 ) -> data.LabelledText | None:
     if options.eval is None:
         return None
-    rows = _read_rows(options, options.eval, names, problem, need_labels=True)
+    rows = _read_rows(options, options.eval, classes, need_labels=True)
     check_pairs(config, rows, options.eval)
     check_enough(config, len(rows), WINDOW)
     # What cannot be measured is no use trained.
@@ -207,31 +221,29 @@ def _rows_to_measure(
 def _read_rows(
     options: TrainOptions,
     source: str,
-    names: list[str],
-    problem: Problem,
+    classes: Classes,
     need_labels: bool = False,
 ) -> data.LabelledText:
     return data.read_rows(
         source,
-        names,
+        classes.names,
         text_columns=options.text_columns,
         label_column=options.label_column,
         need_labels=need_labels,
-        words=bool(options.label_words),
-        problem=problem,
+        words=classes.are_ours,
+        problem=classes.problem,
     )
 
 
 def _split(
     options: TrainOptions,
     config: RevMuxConfig,
-    names: list[str],
-    problem: Problem,
+    classes: Classes,
     rows: data.LabelledText,
 ) -> tuple[data.LabelledText, data.LabelledText | None]:
     """Rows to train on, and those to choose on: a file of their own, or a share, or none."""
     if options.validation is not None:
-        held_out = _read_rows(options, options.validation, names, problem)
+        held_out = _read_rows(options, options.validation, classes)
         check_pairs(config, held_out, options.validation)
         return rows, held_out
     kept, held = data.split_rows(len(rows), options.hold_out, options.seed)

@@ -68,7 +68,8 @@ def train(
         Path | None,
         typer.Option(
             help="For a reranker that answers no or yes (--label-words `no,yes`): Jinja file that "
-            "makes one text of `query` and `document`, as vLLM's --chat-template for /score."
+            "makes one text of messages[0].content, the query, and messages[1].content, the "
+            "document."
         ),
     ] = None,
     rungs: Annotated[

@@ -63,6 +63,7 @@ def read_rows(
     need_labels: bool = False,
     words: bool = False,
     problem: Problem = Problem.ONE_CLASS,
+    read_labels: bool = True,
 ) -> LabelledText:
     """Read a file or a hub data set.
 
@@ -76,8 +77,9 @@ def read_rows(
         label_column: default: the first of ``LABEL_COLUMNS`` there is; without one the rows are
             unlabelled.
         need_labels: refuse unlabelled rows.
-        words: ``label_names`` are label words, which need not be the names of any classes.
+        words: ``label_names`` are label words or ours, not what the data set must call its classes.
         problem: what labels are. Several labels may stand in columns of their names.
+        read_labels: False passes over labels, whatever they are.
 
     Raises:
         UserError: naming the file, the row and the cure.
@@ -88,7 +90,9 @@ def read_rows(
     columns = table.columns
     texts_at = _choose(source, columns, text_columns, TEXT_COLUMNS, "text_columns")
     label_at, of_labels = None, _columns_of(label_names, columns)
-    if problem is Problem.LABELS and of_labels and not label_column:
+    if not read_labels:
+        pass
+    elif problem is Problem.LABELS and of_labels and not label_column:
         label_at = of_labels[0]
     elif label_column or need_labels or set(LABEL_COLUMNS) & set(columns):
         named = (label_column,) if label_column else None
@@ -103,7 +107,7 @@ def read_rows(
         texts.append(_text(row, texts_at, place))
         value = None if label_at is None else row[label_at]
         if label_at is not None and label_at in of_labels and problem is Problem.LABELS:
-            value = [row[column] for column in of_labels]
+            value = tuple(row[column] for column in of_labels)
         labels.append(labelled.read(value, place))
         if need_labels and is_blank(labels[-1]):
             found = f"label {value!r}, which is none"

@@ -30,13 +30,15 @@ def backbone_dtype(backbone: str | Path, device: torch.device) -> torch.dtype:
     """What a frozen backbone is computed in: float32, unless it fits only as it is stored.
 
     Args:
-        backbone: folder, or a hub id, whose size is not asked.
+        backbone: its folder.
         device: to compute on.
     """
     stored = getattr(AutoConfig.from_pretrained(backbone), "dtype", None) or torch.float32
-    files = [path for kind in ("*.safetensors", "*.bin") for path in Path(backbone).glob(kind)]
+    kinds = ("model*.safetensors", "pytorch_model*.bin")  # transformers reads the first there is
+    files = next(filter(None, (list(Path(backbone).glob(kind)) for kind in kinds)), [])
     needed = sum(path.stat().st_size for path in files) * 4 // stored.itemsize
-    free = free_memory() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
+    on_cuda = device.type == "cuda"
+    free = torch.cuda.mem_get_info(device)[0] if on_cuda else free_memory()
     if stored.itemsize == 4 or needed < SHARE_FOR_WEIGHTS * free:
         return torch.float32
     logger.warning(

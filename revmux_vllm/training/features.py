@@ -166,7 +166,7 @@ def tokenize(
     """
     texts: list[list[str]]
     if template is not None:
-        texts = [[render(template, *pair) for pair in data.texts]]
+        texts = [[_rendered(tokenizer, template, *pair, max_tokens) for pair in data.texts]]
     elif data.pairs:
         texts = [list(side) for side in zip(*data.texts, strict=True)]
     else:
@@ -177,6 +177,24 @@ def tokenize(
         if not ids:
             raise UserError(f"the tokenizer makes no token of {text!r}", cure="drop such rows")
     return encoded
+
+
+def _rendered(tokenizer: Any, template: str, query: str, document: str, max_tokens: int) -> str:
+    """One text of a pair, its document cut where the whole would be: a template ends with what is
+    read.
+
+    Raises:
+        UserError: where there is no room for any document.
+    """
+    words = tokenizer(document, add_special_tokens=False)["input_ids"]
+    text = render(template, query, document)
+    while (beyond := len(tokenizer(text)["input_ids"]) - max_tokens) > 0:
+        if not words:
+            problem = f"template and query {query!r} alone have {beyond} tokens more"
+            raise UserError("`max_tokens`", problem, found=max_tokens, cure="allow more")
+        words = words[: max(0, len(words) - beyond)]
+        text = render(template, query, tokenizer.decode(words))
+    return text
 
 
 def _warn_of_two_starts(tokenizer: Any, ids: list[list[int]]) -> None:

@@ -9,9 +9,8 @@ from revmux_vllm.errors import UserError
 from revmux_vllm.problems import Problem
 from revmux_vllm.training.losses import UNLABELLED
 
-_NOBODYS = re.compile(r"label_\d+|\d+|no|yes")
-"""Names that say nothing about the classes: transformers' own where nobody gave any, and ours for a
-cross-encoder with one label."""
+_NOBODYS = re.compile(r"label_\d+|\d+")
+"""Names that say nothing about the classes: transformers' own where nobody gave any."""
 _TRUTHS = {"false": 0, "true": 1}
 
 
@@ -28,8 +27,9 @@ class Reader(Protocol):
 
 def is_blank(label: Label) -> bool:
     """Whether it stands for a row without a label."""
-    first = label[0] if isinstance(label, list) else label
-    return first == UNLABELLED or math.isnan(first)
+    if not isinstance(label, list):
+        return label == UNLABELLED
+    return any(math.isnan(one) if isinstance(one, float) else one == UNLABELLED for one in label)
 
 
 def blank_like(label: Label) -> Label:
@@ -46,7 +46,7 @@ class OneClass:
         names: the backbone's classes in order.
         own: the data set's, where its labels are indices into names of its own (``ClassLabel`` of
             the datasets library); or None.
-        words: ``names`` are label words, which need not be what the data set calls its classes.
+        words: ``names`` are label words or ours, not what the data set must call its classes.
         place: the data set, for messages.
 
     Raises:
@@ -111,7 +111,7 @@ class OneClass:
         return self._by_name.get(value.casefold())
 
     def _index(self, value: Any) -> int | None:
-        if value is None:
+        if value is None or (isinstance(value, str) and not value.strip()):
             return UNLABELLED
         if isinstance(value, str):
             if len(self.names) == len(_TRUTHS) and value.casefold() in _TRUTHS:
@@ -151,7 +151,7 @@ class SeveralLabels:
     """
 
     def __init__(self, names: Sequence[str], own: Sequence[str] | None, place: str) -> None:
-        self.count = len(names)
+        self.count, self._are_named = len(names), own is not None
         self._one = OneClass(names, own, words=False, place=place)
 
     def read(self, value: Any, place: str) -> list[int]:
@@ -159,7 +159,8 @@ class SeveralLabels:
 
         Args:
             value: a list of names or indices, with commas between them in a text, empty where there
-                is none; or as many zeros and ones as there are labels.
+                is none of them; or as many zeros and ones as there are labels, which a tuple always
+                is.
             place: file and row, for messages.
         """
         if isinstance(value, str):
@@ -169,12 +170,24 @@ class SeveralLabels:
         if not isinstance(value, list | tuple):
             problem = f"label {value!r}"
             raise UserError(place, problem, expected="a list of labels, or a zero or one for each")
-        if len(value) == self.count > 1 and all(map(_is_truth, value)):
+        if self._are_truths(value, place):
             return [int(float(_TRUTHS.get(str(one).casefold(), one))) for one in value]
         found = [self._one.read(one, place) for one in value]
         if UNLABELLED in found:
             return [UNLABELLED] * self.count
         return [int(i in found) for i in range(self.count)]
+
+    def _are_truths(self, value: Sequence[Any], place: str) -> bool:
+        if len(value) != self.count or not all(map(_is_truth, value)):
+            return False
+        if isinstance(value, tuple) or self.count == 1:
+            return True
+        if self._are_named:
+            return False
+        if self.count == 2 and sorted(map(str, value)) == ["0", "1"]:
+            cure = "write names, or true and false for each label"
+            raise UserError(place, f"label {value!r}: two indices, or a zero and a one?", cure=cure)
+        return True
 
 
 class Values:
@@ -194,7 +207,7 @@ class Values:
             value: a number or a list of them, with commas between them in a text.
             place: file and row, for messages.
         """
-        if value is None:
+        if value is None or (isinstance(value, str) and not value.strip()):
             return [math.nan] * self.count
         parts = value.split(",") if isinstance(value, str) else value
         try:

@@ -186,7 +186,8 @@ def load(
         text_columns=text_columns,
         label_column=label_column,
         need_labels=window is not None,
-        words=bool(config.label_words),
+        words=bool(config.label_words) or hf_config.num_labels == 1,
+        read_labels=window is not None,
         problem=problem_of(hf_config, config.label_words),
     )
     check_pairs(config, texts, rows)

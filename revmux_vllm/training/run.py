@@ -1,13 +1,14 @@
 """One training from start to finish: check everything, features, fit, write."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from transformers import set_seed
 
-from revmux_vllm import checkpoint
+from revmux_vllm import checkpoint, hub
 from revmux_vllm.adapters.kinds import AdapterLadder
 from revmux_vllm.backbones.base import Backbone
 from revmux_vllm.backbones.loading import load_backbone
@@ -44,8 +45,12 @@ def train_checkpoint(options: TrainOptions, resume: bool = False) -> dict[str, A
     folder, state = work.folder_in(options.output), process_state()
     task = check(work.resumed(folder, options) if resume else options)
     layers = task.config.prefill_layers
-    dtype = backbone_dtype(options.backbone, state.device)
-    backbone = load_backbone(options.backbone, layers, options.label_words, dtype).to(state.device)
+    weights = Path(options.backbone)
+    if hub.is_id(options.backbone):  # one commit, whatever is pushed meanwhile
+        weights = hub.snapshot(options.backbone)
+        task = replace(task, commit=weights.name)
+    dtype = backbone_dtype(weights, state.device)
+    backbone = load_backbone(weights, layers, options.label_words, dtype).to(state.device)
     if state.is_main_process:
         work.begin(folder, task.options, resume)
     state.wait_for_everyone()
@@ -133,6 +138,7 @@ def write(task: Task, backbone: Backbone, trained: Trained) -> dict[str, Any]:
         card({}),
         bundle_backbone=options.bundle_backbone,
         dtype=dtype,
+        revision=task.commit,
     )
     save_exits(output, exits, options.adapter_hidden_size, dtype)
     cascade.save(output, thresholds)

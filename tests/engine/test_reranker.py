@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from revmux_vllm import checkpoint
 from revmux_vllm.bench.local_server import LocalServer
 from revmux_vllm.prompts import render
+from revmux_vllm.training.data import LabelledText
+from revmux_vllm.training.features import tokenize
 
 TEMPLATE = (
     "w3 {{ messages[0]['content'] }} w4 "
@@ -58,6 +60,16 @@ def test_the_checkpoint_has_one_output_and_its_template(folder: Path) -> None:
     assert checkpoint.read_report(folder)["classes"] == [NO, YES]
 
 
+def test_a_long_document_is_cut_and_not_the_template(folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rows = LabelledText([(QUERY, " ".join(f"w{i}" for i in range(100, 140)))], [1])
+    (ids,) = tokenize(tokenizer, rows, 16, TEMPLATE)["input_ids"]
+    text = tokenizer.decode(ids)
+    assert len(ids) == 16
+    assert text.startswith(f"w3 {QUERY} w4 w100")
+    assert text.endswith("w110 w5")
+
+
 def test_scores_are_the_probability_of_yes(folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder.parent / "backbone").eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -94,14 +106,23 @@ def test_scores_are_the_probability_of_yes(folder: Path) -> None:
         ("", "expected two words, no and yes in this order, beside --score-template"),
         ("--label-words w8,w7,w9", "--label-words w8,w7,w9: expected two words, no and yes"),
         ("--label-words w8,w7 --text-columns text_b", "--score-template: the rows are single"),
+        ("--label-words yes,no", "--label-words yes,no: expected no before yes"),
+        (
+            "--label-words w8,w7 TEMPLATE={{query}}_{{document}}",
+            "what it makes has not the query's",
+        ),
+        ("--label-words w8,w7 TEMPLATE={{messages}}_{{bos_token}}", "bos_token is not known here"),
+        ("--label-words w8,w7 --max-tokens 4", "template and query 'w"),
     ],
 )
 def test_mistakes_are_named(change: str, message: str, folder: Path, tmp_path: Path) -> None:
     root = folder.parent
+    options, _, template = change.partition("TEMPLATE=")
+    (tmp_path / "score.jinja").write_text(template or TEMPLATE)
     result = revmux(
         f"train --backbone {root / 'backbone'} --train {root / 'train.tsv'} --output "
-        f"{tmp_path / 'out'} --score-template {root / 'score.jinja'} --prefill-layers 1 "
-        f"--rungs merge:2 {change}"
+        f"{tmp_path / 'out'} --score-template {tmp_path / 'score.jinja'} --prefill-layers 1 "
+        f"--rungs merge:2 {options}"
     )
     assert result.exit_code == 2
     assert message in " ".join(result.output.split())

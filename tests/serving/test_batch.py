@@ -125,6 +125,17 @@ def test_several_labels_stand_together() -> None:
     assert answered["label"].to_pylist() == ["toxic,threat", "", None]
 
 
+def test_one_output_says_yes_or_no_and_values_say_neither() -> None:
+    table, probs = pa.table({"text": ["a", "b", None]}), [[0.75], [0.25], None]
+    answered = parquet.with_answers(table, probs, {0: "yes"}, ANSWERS)
+    assert answered["label"].to_pylist() == ["yes", "no", None]
+    assert answered["probability"].to_pylist() == [0.75, 0.75, None]
+    answered = parquet.with_answers(table, probs, {0: "score"}, ANSWERS, Problem.VALUES)
+    assert answered["label"].to_pylist() == ["", "", None]
+    assert answered["probability"].to_pylist() == [None] * 3
+    assert answered["probs"].to_pylist() == probs
+
+
 def test_a_part_is_there_whole_or_not_at_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -167,7 +167,7 @@ def test_classes_of_a_data_set_are_the_backbones_of_the_same_name(
 
 @pytest.mark.parametrize(
     ("backbone", "words"),
-    [(["LABEL_0", "LABEL_1"], False), (["bad", "great"], True), (["no", "yes"], False)],
+    [(["LABEL_0", "LABEL_1"], False), (["bad", "great"], True), (["no", "yes"], True)],
 )
 def test_names_that_say_nothing_leave_the_order(
     tmp_path: Path, backbone: list[str], words: bool
@@ -191,12 +191,14 @@ def test_other_classes_are_refused_with_both_orders(tmp_path: Path) -> None:
         ("1 0 1", [1, 0, 1]),
         ("1.0 0.0 -1", [1, 0, UNLABELLED]),
         ("-1 -1.0 nan", [UNLABELLED] * 3),
+        ("0 NOTHING 1", [0, UNLABELLED, 1]),
         ("True false TRUE", [1, 0, 1]),
         ("Positive NEGATIVE -1", [1, 0, UNLABELLED]),
     ],
 )
 def test_labels_as_people_write_them(tmp_path: Path, labels: str, expected: list[int]) -> None:
-    rows = "".join(f"{label}\tsome text\n" for label in labels.split())
+    written = [label.replace("NOTHING", "") for label in labels.split()]
+    rows = "".join(f"{label}\tsome text\n" for label in written)
     assert data.read_rows(write(tmp_path, "label\ttext\n" + rows), NAMES).labels == expected
 
 

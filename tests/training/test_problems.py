@@ -16,7 +16,7 @@ from revmux_vllm.engine.in_process import InProcessEngine
 from revmux_vllm.problems import Problem
 from revmux_vllm.rungs import Rung
 from revmux_vllm.training import data
-from revmux_vllm.training.labels import UNLABELLED
+from revmux_vllm.training.labels import UNLABELLED, is_blank
 from revmux_vllm.training.losses import value_loss
 from revmux_vllm.training.scores import compare
 
@@ -108,6 +108,7 @@ def test_it_trains_is_measured_and_is_served(
         (["[0.0, 1.0, 1.0]", "[1, 0, 0]"], [[0, 1, 1], [1, 0, 0]]),
         (["[true, false, false]", '"toxic, insult"'], [[1, 0, 0], [1, 1, 0]]),
         (["null", "-1"], [[UNLABELLED] * 3] * 2),
+        (["[1, 1, 0]", '" "'], [[1, 1, 0], [0, 0, 0]]),
     ],
 )
 def test_several_labels_as_people_write_them(
@@ -125,6 +126,26 @@ def test_labels_in_columns_of_their_names(tmp_path: Path) -> None:
     assert rows.labels == [[1, 1, 0], [0, 0, 1]]
 
 
+def test_two_labels_and_one(tmp_path: Path) -> None:
+    def read(names: list[str], *labels: str) -> Any:
+        path = tmp_path / "rows.jsonl"
+        path.write_text("\n".join(f'{{"text": "a", "label": {label}}}' for label in labels))
+        return data.read_rows(path, names, problem=Problem.LABELS).labels
+
+    assert read(["a", "b"], "[1.0, 0.0]", "[true, true]", '["b"]') == [[1, 0], [1, 1], [0, 1]]
+    with pytest.raises(ValueError, match=r"label \[0, 1\]: two indices, or a zero and a one\?"):
+        read(["a", "b"], "[0, 1]")
+    assert read(["toxic"], "1", "0", "true", '"toxic"', "[]") == [[1], [0], [1], [1], [0]]
+
+
+def test_minus_one_is_a_value(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("text,label\na,-1\nb,\nc,0.5\n")
+    rows = data.read_rows(path, ["score"], problem=Problem.VALUES)
+    assert [is_blank(label) for label in rows.labels] == [False, True, False]
+    assert rows.labels[0] == [-1.0]
+
+
 def test_lists_of_class_labels_are_matched_by_name(tmp_path: Path) -> None:
     one = datasets.ClassLabel(names=["threat", "toxic", "insult"])
     features = datasets.Features({"text": datasets.Value("string"), "labels": datasets.List(one)})
@@ -132,6 +153,14 @@ def test_lists_of_class_labels_are_matched_by_name(tmp_path: Path) -> None:
     datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "rows.parquet")
     read = data.read_rows(tmp_path / "rows.parquet", NAMES, problem=Problem.LABELS)
     assert read.labels == [[1, 0, 1], [0, 0, 0]]
+    two = ["toxic", "threat"]
+    one = datasets.ClassLabel(names=["threat", "toxic"])
+    features = datasets.Features({"text": datasets.Value("string"), "labels": datasets.List(one)})
+    datasets.Dataset.from_dict({"text": ["a"], "labels": [[0, 1]]}, features=features).to_parquet(
+        tmp_path / "two.parquet"
+    )
+    read = data.read_rows(tmp_path / "two.parquet", two, problem=Problem.LABELS)
+    assert read.labels == [[1, 1]], "indices, whatever they look like"
 
 
 @pytest.mark.parametrize(
