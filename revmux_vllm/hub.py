@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 from revmux_vllm.errors import UserError
 
@@ -30,7 +31,7 @@ def snapshot(name: str, revision: str | None = None) -> Path:
 
     at = f" at {revision}" if revision else ""
     try:
-        wanted = {"revision": revision, "ignore_patterns": list(NOT_READ)}
+        wanted: Any = {"revision": revision, "ignore_patterns": list(NOT_READ)}
         folder = Path(snapshot_download(name, allow_patterns=list(FILES), **wanted))
         if not any(folder.glob("*.safetensors")):
             snapshot_download(name, allow_patterns=list(OTHER_WEIGHTS), **wanted)

@@ -1,5 +1,7 @@
 """How a query and a document become one text, of which a language model says whether they fit."""
 
+from typing import Any
+
 from revmux_vllm.errors import UserError
 
 
@@ -20,10 +22,10 @@ def render(template: str, query: str, document: str) -> str:
     pair = {"query": query, "document": document}
     messages = [{"role": role, "content": text} for role, text in pair.items()]
     try:
-        (text, *_), _ = render_jinja_template(conversations=[messages], chat_template=template)
+        made: Any = render_jinja_template(conversations=[messages], chat_template=template)
     except TemplateError as error:
         raise UserError("`score_template`", f"cannot be rendered: {error}") from error
-    return str(text)
+    return str(made[0][0])
 
 
 def check_template(template: str) -> None:

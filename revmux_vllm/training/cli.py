@@ -173,7 +173,7 @@ def train(
             text_columns=split(text_columns),
             label_column=label_column,
             label_words=split(label_words),
-            score_template=score_template and score_template.read_text(encoding="utf-8"),
+            score_template=_read(score_template),
             rungs=_rungs(rungs, widths),
             prefill_layers=_prefill_layers(prefill_layers),
             adapter_type=adapter_type,
@@ -278,6 +278,10 @@ def quiet() -> None:
 
 def split(words: str | None) -> tuple[str, ...] | None:
     return None if words is None else tuple(words.split(","))
+
+
+def _read(path: Path | None) -> str | None:
+    return None if path is None else path.read_text(encoding="utf-8")
 
 
 def _prefill_layers(value: str) -> int | None:

@@ -89,36 +89,29 @@ def read_rows(
     table = open_rows(source)
     columns = table.columns
     texts_at = _choose(source, columns, text_columns, TEXT_COLUMNS, "text_columns")
-    label_at, of_labels = None, _columns_of(label_names, columns)
+    labels_at = _labels_at(source, columns, label_names, label_column, need_labels, problem)
     if not read_labels:
-        pass
-    elif problem is Problem.LABELS and of_labels and not label_column:
-        label_at = of_labels[0]
-    elif label_column or need_labels or set(LABEL_COLUMNS) & set(columns):
-        named = (label_column,) if label_column else None
-        usual = [(name,) for name in LABEL_COLUMNS]
-        (label_at,) = _choose(source, columns, named, usual, "label_column")
+        labels_at = ()
     texts: list[Any] = []
     labels: list[Any] = []
-    classes = None if label_at is None else table.classes.get(label_at)
+    classes = table.classes.get(labels_at[0]) if len(labels_at) == 1 else None
     labelled = reader(problem, label_names, classes, words, f"{source}")
     for number, row in table.rows:
         place = f"{source}: row {number}"
         texts.append(_text(row, texts_at, place))
-        value = None if label_at is None else row[label_at]
-        if label_at is not None and label_at in of_labels and problem is Problem.LABELS:
-            value = tuple(row[column] for column in of_labels)
+        found = tuple(row[column] for column in labels_at)
+        value = found if len(found) > 1 else found[0] if found else None
         labels.append(labelled.read(value, place))
         if need_labels and is_blank(labels[-1]):
-            found = f"label {value!r}, which is none"
-            raise UserError(place, found, cure="drop the row, or give labels to all")
+            none = f"label {value!r}, which is none"
+            raise UserError(place, none, cure="drop the row, or give labels to all")
     if not texts:
         raise UserError(f"{source}", "no rows below the header")
     is_one = problem is Problem.ONE_CLASS
     if is_one and len(set(labels)) < 2 and not is_blank(labels[0]):
-        found = f"all {len(labels)} rows have the label {label_names[labels[0]]!r}"
+        alike = f"all {len(labels)} rows have the label {label_names[labels[0]]!r}"
         cure = "" if need_labels else "to learn from the backbone alone drop the label column"
-        raise UserError(f"{source}", f"{found}; expected at least two classes", cure=cure)
+        raise UserError(f"{source}", f"{alike}; expected at least two classes", cure=cure)
     return LabelledText(texts, labels)
 
 
@@ -136,6 +129,23 @@ def _choose(
     found = ", ".join(columns) or "nothing"
     problem = f"expected the columns {wanted}; found {found}. Name yours with `{option}`"
     raise UserError(f"{source}: row 1", problem)
+
+
+def _labels_at(
+    source: str | Path,
+    columns: Sequence[str],
+    names: Sequence[str],
+    given: str | None,
+    needed: bool,
+    problem: Problem,
+) -> tuple[str, ...]:
+    """Columns of the labels: one, or one for each of several labels; none where there is none."""
+    if problem is Problem.LABELS and not given and (own := _columns_of(names, columns)):
+        return tuple(own)
+    if not (given or needed or set(LABEL_COLUMNS) & set(columns)):
+        return ()
+    usual = [(name,) for name in LABEL_COLUMNS]
+    return _choose(source, columns, (given,) if given else None, usual, "label_column")
 
 
 def _columns_of(names: Sequence[str], columns: Sequence[str]) -> list[str]:

@@ -127,7 +127,7 @@ def _check_last_tokens(
 ) -> None:
     """Raise UserError where transformers would not read a decoder's classifier at the last token.
 
-    It reads the last one that is not padding (modeling_layers.py), vLLM the last.
+    It reads the last one that is not padding (its GenericForSequenceClassification), vLLM the last.
     """
     padding = backbone.config.pad_token_id
     if backbone.ends.pools_first or isinstance(backbone.classifier, LabelWords) or padding is None:
@@ -166,7 +166,8 @@ def tokenize(
     """
     texts: list[list[str]]
     if template is not None:
-        texts = [[_rendered(tokenizer, template, *pair, max_tokens) for pair in data.texts]]
+        pairs: Any = data.texts
+        texts = [[_rendered(tokenizer, template, q, d, max_tokens) for q, d in pairs]]
     elif data.pairs:
         texts = [list(side) for side in zip(*data.texts, strict=True)]
     else:

@@ -171,7 +171,7 @@ class SeveralLabels:
             problem = f"label {value!r}"
             raise UserError(place, problem, expected="a list of labels, or a zero or one for each")
         if self._are_truths(value, place):
-            return [int(float(_TRUTHS.get(str(one).casefold(), one))) for one in value]
+            return [_truth(one) for one in value]
         found = [self._one.read(one, place) for one in value]
         if UNLABELLED in found:
             return [UNLABELLED] * self.count
@@ -231,6 +231,11 @@ def reader(
 
 def _is_truth(value: Any) -> bool:
     return value in (0, 1) or str(value).casefold() in ("0", "1", "0.0", "1.0", *_TRUTHS)
+
+
+def _truth(value: Any) -> int:
+    word = str(value).casefold()
+    return _TRUTHS[word] if word in _TRUTHS else int(float(value))
 
 
 def _unambiguous(names: Sequence[str]) -> dict[str, int]:

@@ -123,9 +123,9 @@ def calibrate(
         folder, rows, text_columns=text_columns, label_column=None, max_tokens=max_tokens
     )
     if subject.backbone.problem is not Problem.ONE_CLASS:
-        found = f"a contract is about one class per row, this is {subject.backbone.problem}"
+        problem = f"a contract is about one class per row, this is {subject.backbone.problem}"
         cure = "serve its rungs by what was measured of them: revmux eval --save, min_agreement"
-        raise UserError(f"{folder}", found, cure=cure)
+        raise UserError(f"{folder}", problem, cure=cure)
     stops, shares, seen = at_stops(subject)
     found = [contracts.calibrate(seen, stops, shares, own) for own in terms]
     for contract in found:

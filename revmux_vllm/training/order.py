@@ -8,7 +8,7 @@ import torch
 
 from revmux_vllm.problems import Problem
 from revmux_vllm.training.features import Features
-from revmux_vllm.training.labels import UNLABELLED
+from revmux_vllm.training.losses import UNLABELLED
 from revmux_vllm.training.scores import correlation
 
 MUCH_BETTER = 0.2
