@@ -33,6 +33,7 @@ from revmux_vllm.training import cascade, measure
 from revmux_vllm.training import contract as contracts
 from revmux_vllm.training.contract import Seen, Terms, walk
 from revmux_vllm.training.cost import Costs
+from revmux_vllm.training.scores import alike, share
 
 AGREEMENTS = "0.95,0.98,0.99,0.995"
 TRIED = 400
@@ -111,7 +112,7 @@ class Stopping:
     def _row(
         self, answers: Tensor, place: Tensor, seen: Seen, costs: list[float]
     ) -> dict[str, float]:
-        agreement = (answers.argmax(-1) == seen.own.argmax(-1)).float().mean().item()
+        agreement = share(alike(answers, seen.own))
         return {"agreement": agreement, "speedup": cascade.speedup(place, costs)}
 
 

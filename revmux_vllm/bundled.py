@@ -30,10 +30,8 @@ def resolve(name: str | Path) -> Path:
     if Path(name).is_dir():
         return Path(name)
     bundled = bundled_checkpoints()
-    if str(name) not in bundled and hub.is_id(str(name)):
+    if str(name) in bundled:
+        return assembled(bundled[str(name)])
+    if hub.is_id(str(name)):
         return hub.snapshot(str(name))
-    if str(name) not in bundled:
-        raise UserError(
-            f"{name}", "no such folder", cure=f"bundled are {', '.join(bundled) or 'none'}"
-        )
-    return assembled(bundled[str(name)])
+    raise UserError(f"{name}", "no such folder", cure=f"bundled are {', '.join(bundled) or 'none'}")

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ def _weights(folder: Path) -> Iterator[bytes]:
                 shape = tensor.get_shape()
                 yield f"{name} {shape} {tensor.get_dtype()}".encode()
                 # A few rows of the first dimension are as many values as are looked at.
-                width = max(1, _product(shape[1:]))
+                width = max(1, math.prod(shape[1:]))
                 first = tensor[: max(1, SAMPLE // width)] if shape else file.get_tensor(name)
                 yield first.flatten()[:SAMPLE].float().numpy().tobytes()
     if not any(folder.glob(BACKBONE_FILES[0])):
@@ -77,10 +78,3 @@ def _vocabulary(folder: Path) -> Iterator[bytes]:
     if path.is_file():
         model = read_json(path).get("model", {})
         yield json.dumps(model.get("vocab"), sort_keys=True).encode()
-
-
-def _product(sizes: list[int]) -> int:
-    total = 1
-    for size in sizes:
-        total *= size
-    return total

@@ -62,7 +62,7 @@ class Classes(NamedTuple):
 
     Attributes:
         names: in order.
-        are_ours: they are no names that a data set need know: label words, or no and yes.
+        are_ours: see ``names_are_ours``.
         problem: of the backbone.
     """
 
@@ -91,7 +91,7 @@ def check(options: TrainOptions) -> Task:
     options.config().check_backbone(hf_config.hidden_size, hf_config.num_hidden_layers)
     names = label_names(hf_config, options.label_words)
     problem = problem_of(hf_config, options.label_words)
-    classes = Classes(names, bool(options.label_words) or hf_config.num_labels == 1, problem)
+    classes = Classes(names, names_are_ours(hf_config, options.label_words), problem)
     rows = _rows_to_train_on(options, classes)
     config = options.config(rows.pairs)
     if config.score_template is not None:
@@ -157,6 +157,11 @@ def label_names(hf_config: Any, label_words: Sequence[str] | None) -> list[str]:
     if hf_config.num_labels == 1 and problem is Problem.ONE_CLASS:  # does it fit or not
         return ["no", "yes"]
     return [str(hf_config.id2label[i]) for i in range(hf_config.num_labels)]
+
+
+def names_are_ours(hf_config: Any, label_words: Sequence[str] | None) -> bool:
+    """Whether ``label_names`` are label words, or no and yes: none that a data set need know."""
+    return bool(label_words) or hf_config.num_labels == 1
 
 
 def check_max_tokens(hf_config: Any, max_tokens: int) -> None:

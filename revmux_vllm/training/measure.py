@@ -27,6 +27,7 @@ from revmux_vllm.training.checks import (
     check_max_tokens,
     check_pairs,
     label_names,
+    names_are_ours,
     read_tokenizer,
 )
 from revmux_vllm.training.contract import Seen, Terms, observe, stops_of
@@ -186,7 +187,7 @@ def load(
         text_columns=text_columns,
         label_column=label_column,
         need_labels=window is not None,
-        words=bool(config.label_words) or hf_config.num_labels == 1,
+        words=names_are_ours(hf_config, config.label_words),
         read_labels=window is not None,
         problem=problem_of(hf_config, config.label_words),
     )
