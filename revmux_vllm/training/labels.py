@@ -170,16 +170,16 @@ class SeveralLabels:
         if not isinstance(value, list | tuple):
             problem = f"label {value!r}"
             raise UserError(place, problem, expected="a list of labels, or a zero or one for each")
-        if self._are_truths(value, place):
-            return [_truth(one) for one in value]
+        truths = [truth for one in value if (truth := _truth(one)) is not None]
+        if len(truths) == len(value) == self.count and self._are_truths(value, place):
+            return truths
         found = [self._one.read(one, place) for one in value]
         if UNLABELLED in found:
             return [UNLABELLED] * self.count
         return [int(i in found) for i in range(self.count)]
 
     def _are_truths(self, value: Sequence[Any], place: str) -> bool:
-        if len(value) != self.count or not all(map(_is_truth, value)):
-            return False
+        """Of as many zeros and ones as there are labels: or are they indices?"""
         if isinstance(value, tuple) or self.count == 1:
             return True
         if self._are_named:
@@ -229,13 +229,9 @@ def reader(
     return Values(len(names)) if problem is Problem.VALUES else OneClass(names, own, words, place)
 
 
-def _is_truth(value: Any) -> bool:
-    return value in (0, 1) or str(value).casefold() in ("0", "1", "0.0", "1.0", *_TRUTHS)
-
-
-def _truth(value: Any) -> int:
-    word = str(value).casefold()
-    return _TRUTHS[word] if word in _TRUTHS else int(float(value))
+def _truth(value: Any) -> int | None:
+    """1 or 0; None for what is neither."""
+    return {"0": 0, "0.0": 0, "1": 1, "1.0": 1, **_TRUTHS}.get(str(value).casefold())
 
 
 def _unambiguous(names: Sequence[str]) -> dict[str, int]:
