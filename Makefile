@@ -5,6 +5,9 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 EXTRA ?= cpu
 PIP_FLAGS ?=
 
+# Of the test suite, each on its own half of the cores. A GPU is one.
+WORKERS := $(if $(filter cuda,$(EXTRA)),0,2)
+
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -34,7 +37,7 @@ demo: $(STAMP)
 	$(BIN)/python examples/demo.py
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --no-loadscope-reorder
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -29,18 +29,12 @@ from revmux_vllm.engine.plain import PlainEngine
 from revmux_vllm.planning.costs import Backlog
 from revmux_vllm.rungs import Rung, parse_rungs
 
+pytest_plugins = ["workers"]
+
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
 # Tiny models: more threads only get in one another's way, and in the engine's.
 torch.set_num_threads(1)
-
-
-def pytest_addoption(parser: pytest.Parser) -> None:
-    """Options of ``tests/engine/test_soak.py``."""
-    parser.addoption(
-        "--soak-minutes", type=float, default=2.0, help="how long the soak test loads the server"
-    )
-    parser.addoption("--soak-report", type=Path, help="JSON file for what the soak test saw")
 
 
 def random_prompts(seed: int, count: int, longest: int = 300) -> list[list[int]]:

@@ -87,7 +87,7 @@ def app(options: ServeOptions) -> serve.Application:
     )
     threads = int(options.cpus_per_replica)
     bound: DeploymentHandle = engines.bind(model, served_name, options.vllm_args, threads)
-    return fronts.bind(bound, options.retries)
+    return fronts.bind(bound, options.retries, options.max_texts)
 
 
 def _scale(options: ServeOptions) -> dict[str, Any]:

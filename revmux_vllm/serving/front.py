@@ -14,12 +14,8 @@ from ray.serve.handle import DeploymentHandle
 from starlette.requests import Request
 from starlette.responses import Response
 
-from revmux_vllm.serving.messages import (
-    HttpRequest,
-    HttpResponse,
-    error_response,
-    measure,
-)
+from revmux_vllm.protocol import read_body, too_many
+from revmux_vllm.serving.messages import HttpRequest, HttpResponse, error_response, measure
 from revmux_vllm.serving.replica import EngineDied
 from revmux_vllm.serving.stats import merge_pages
 
@@ -37,12 +33,14 @@ class Front:
     Args:
         engines: the replicas.
         retries: how many of them may die of one request.
+        max_texts: of one request.
     """
 
-    def __init__(self, engines: DeploymentHandle, retries: int) -> None:
+    def __init__(self, engines: DeploymentHandle, retries: int, max_texts: int) -> None:
         # gRPC in place of actor calls, which take twice the CPU time of a small request.
         self._engines = engines.options(_by_reference=False)
         self._retries = retries
+        self._max_texts = max_texts
         self._retried = metrics.Counter(
             "revmux_front_retries", "Requests asked again because their replica died.", ("reason",)
         )
@@ -66,7 +64,10 @@ class Front:
         return response
 
     async def _answer(self, request: HttpRequest) -> HttpResponse:
-        work = measure(request.body)
+        asked = read_body(request.body)
+        if problem := too_many(asked, self._max_texts, "`max_texts`"):
+            return error_response(413, "ContentTooLarge", problem)
+        work = measure(asked)
         for died in range(self._retries + 1):
             try:
                 return await self._engines.answer.remote(work, request)

@@ -16,6 +16,7 @@ from pydantic import (
 
 from revmux_vllm import bundled, checkpoint
 from revmux_vllm.errors import UserError, UserErrors
+from revmux_vllm.protocol import MAX_TEXTS
 
 OURS = {
     "model": "``model`` names it",
@@ -73,6 +74,9 @@ class ServeOptions(BaseModel):
     downscale_delay_s: float = Field(300.0, ge=0, description="And its lack before they go.")
     retries: int = Field(
         5, ge=0, description="Engines that may die of a request before it is given up."
+    )
+    max_texts: int = Field(
+        MAX_TEXTS, ge=1, description="Texts of one request; with more it is refused (413)."
     )
     drain_s: float = Field(60.0, ge=0, description="A leaving engine's time for its last answers.")
     max_queued: int = Field(

@@ -115,6 +115,25 @@ def test_the_key_guards_every_route_that_answers(path: str, client: httpx.Client
         assert stranger.get("/health").is_success
 
 
+@pytest.mark.parametrize(
+    "texts",
+    [
+        {"input": ["w7"] * 100_000},
+        {"text_1": QUERY, "text_2": ["w7"] * 100_000},
+        {"query": QUERY, "documents": ["w7"] * 100_000},
+    ],
+)
+def test_a_request_of_too_many_texts_is_refused(
+    texts: dict[str, Any], client: httpx.Client, expected: list[float]
+) -> None:
+    path = "/classify" if "input" in texts else "/score" if "text_1" in texts else "/rerank"
+    response = ask(client, path, **texts)
+    assert response.status_code == 413
+    assert "100,000 texts in one request, at most 2,048" in response.json()["error"]["message"]
+    assert "REVMUX_MAX_TEXTS" in response.json()["error"]["message"]
+    test_score(client, expected)
+
+
 @pytest.mark.parametrize(("opened", "closed"), [("[", "]"), ('{"a":', "}")])
 def test_what_is_nested_too_deep_harms_nobody(
     opened: str, closed: str, client: httpx.Client, expected: list[float]

@@ -2,6 +2,7 @@
 
 import random
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -10,8 +11,11 @@ from conftest import revmux, save_backbone
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from revmux_vllm import checkpoint
+from revmux_vllm.backbones.loading import load_backbone
 from revmux_vllm.bench.local_server import LocalServer
 from revmux_vllm.prompts import render
+from revmux_vllm.reference import classify
+from revmux_vllm.rungs import Rung
 from revmux_vllm.training.data import LabelledText
 from revmux_vllm.training.features import tokenize
 
@@ -80,24 +84,35 @@ def test_scores_are_the_probability_of_yes(folder: Path) -> None:
         logits = [model(**tokenizer(t, return_tensors="pt")).logits[0, -1, words] for t in texts]
     expected = [one.softmax(-1)[1].item() for one in logits]
 
-    exact = ("--additional-config", '{"revmux": {"rungs": []}}')
-    extra = ("--served-model-name", "yes", "--enforce-eager", "--dtype", "float32", *exact)
+    ladder = checkpoint.load_adapters(folder)
+    backbone = load_backbone(checkpoint.backbone_folder(folder), 1, (NO, YES))
+    ids: list[list[int]] = tokenizer(texts)["input_ids"]
+    groups = [(i,) for i in range(len(ids))]
+    logits_merged = classify(backbone, ladder, ids, groups, [Rung(2)] * len(ids))
+    merged = logits_merged.softmax(-1)[:, 1].tolist()
+    assert max(abs(a - b) for a, b in zip(expected, merged, strict=True)) > 1e-3
+
+    always = ("--additional-config", '{"revmux": {"policy": "fixed:merge:2"}}')
+    extra = ("--served-model-name", "yes", "--enforce-eager", "--dtype", "float32", *always)
     with LocalServer(str(folder), extra_args=extra) as server:
         server.wait_ready(300)
-        body = {"model": "yes", "text_1": QUERY, "text_2": DOCUMENTS}
-        scored = httpx.post(f"{server.base_url}/score", json=body, timeout=60).raise_for_status()
-        body = {"model": "yes", "query": QUERY, "documents": DOCUMENTS}
-        ranked = httpx.post(f"{server.base_url}/rerank", json=body, timeout=60).raise_for_status()
-        body = {"model": "yes", "input": texts}
-        told = httpx.post(f"{server.base_url}/classify", json=body, timeout=60).raise_for_status()
-    scores = [row["score"] for row in scored.json()["data"]]
+
+        def ask(path: str, **body: Any) -> Any:
+            url, body = f"{server.base_url}{path}", {"model": "yes"} | body
+            return httpx.post(url, json=body, timeout=60).raise_for_status().json()
+
+        exact = {"cache_salt": "exact"}
+        scored = ask("/score", text_1=QUERY, text_2=DOCUMENTS, **exact)["data"]
+        at_rung = ask("/score", text_1=QUERY, text_2=DOCUMENTS)["data"]
+        ranked = ask("/rerank", query=QUERY, documents=DOCUMENTS, **exact)["results"]
+        told = ask("/classify", input=texts, **exact)["data"]
+    scores = [row["score"] for row in scored]
     assert scores == pytest.approx(expected, abs=1e-5)
     assert max(scores) - min(scores) > 1e-3
+    assert [row["score"] for row in at_rung] == pytest.approx(merged, abs=1e-4)
     order = sorted(range(len(DOCUMENTS)), key=lambda i: -expected[i])
-    assert [row["index"] for row in ranked.json()["results"]] == order
-    assert [row["probs"] for row in told.json()["data"]] == [
-        pytest.approx([score], abs=1e-5) for score in expected
-    ]
+    assert [row["index"] for row in ranked] == order
+    assert [row["probs"] for row in told] == [pytest.approx([score], abs=1e-5) for score in scores]
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from revmux_vllm.protocol import Asked, read_body
 from revmux_vllm.serving.messages import Work, error_response, measure
 
 
 def of(**values: Any) -> Work:
-    return measure(json.dumps({"model": "m", **values}).encode())
+    return measure(asked(**values))
+
+
+def asked(**values: Any) -> Asked:
+    return read_body(json.dumps({"model": "m", **values}).encode())
 
 
 @pytest.mark.parametrize(
@@ -57,10 +62,27 @@ def test_every_text_of_every_request_of_vllm_counts() -> None:
 
 @pytest.mark.parametrize("opened", ["[", '{"input":'])
 def test_what_is_nested_too_deep_is_left_to_the_engine(opened: str) -> None:
-    assert measure(b'{"input":' + opened.encode() * 100_000) == Work()
+    assert read_body(b'{"input":' + opened.encode() * 100_000) == Asked()
     closed = {"[": "]", '{"input":': "}"}[opened]
     deep = opened * 900 + "1" + closed * 900
-    assert measure(b'{"input":' + deep.encode() + b"}").chars >= 1
+    assert measure(read_body(b'{"input":' + deep.encode() + b"}")).chars >= 1
+
+
+@pytest.mark.parametrize(
+    ("values", "answers"),
+    [
+        ({"input": ["a", "b", "c"]}, 3),
+        ({"input": [[1, 2], [3]]}, 2),
+        ({"input": [1, 2, 3]}, 1),
+        ({"text_1": "a", "text_2": ["b", "c"]}, 2),
+        ({"text_1": ["a", "b"], "text_2": ["c", "d"]}, 2),
+        ({"query": "a", "documents": ["b"] * 5}, 5),
+        ({"messages": [{"role": "user", "content": "a"}] * 3}, 1),
+        ({}, 0),
+    ],
+)
+def test_as_many_answers_as_vllm_will_give(values: dict[str, Any], answers: int) -> None:
+    assert asked(**values).answers == answers
 
 
 def test_the_domain_is_the_cache_salt() -> None:
@@ -79,7 +101,7 @@ json_values = st.recursive(
 @given(st.binary() | st.dictionaries(st.sampled_from(["input", "documents"]), json_values))
 def test_any_body_is_measured(body: Any) -> None:
     raw = body if isinstance(body, bytes) else json.dumps(body).encode()
-    assert measure(raw).chars >= 1
+    assert measure(read_body(raw)).chars >= 1
 
 
 def test_errors_look_like_vllms() -> None:
