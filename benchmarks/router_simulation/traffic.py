@@ -3,7 +3,8 @@
 import random
 from dataclasses import dataclass
 
-from revmux_vllm.serving.messages import CHARS_PER_TOKEN, Work
+from revmux_vllm.protocol import CHARS_PER_TOKEN
+from revmux_vllm.serving.messages import Work
 from router_simulation.setting import NUM_TENANTS, PEAK_S, PERIOD_S, WARM_UP_S, Setting, draw_tokens
 
 
