@@ -6,8 +6,8 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Protocol
 
-from revmux_vllm.serving.choice import Load, MeanChars, choose
 from revmux_vllm.protocol import CHARS_PER_TOKEN
+from revmux_vllm.serving.choice import Load, MeanChars, choose
 from revmux_vllm.serving.messages import Work
 from router_simulation.setting import Setting
 from router_simulation.traffic import Request
