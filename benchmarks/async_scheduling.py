@@ -48,7 +48,11 @@ def start_engine(model: str, is_async: bool, dtype: str) -> InProcessEngine:
 
     CpuPlatform.check_and_update_config = scheduling(is_async)  # type: ignore[method-assign]
     return InProcessEngine(
-        resolve(model), dtype=dtype, enforce_eager=True, async_scheduling=is_async
+        resolve(model),
+        dtype=dtype,
+        enforce_eager=True,
+        async_scheduling=is_async,
+        enable_prefix_caching=False,  # or rounds are answered from it
     )
 
 

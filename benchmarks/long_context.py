@@ -67,6 +67,7 @@ def options_of(model: Model, name: str, positions: int, dtype: str, policy: str)
     """Of ``vllm.LLM``."""
     overrides: dict[str, Any] = {"max_position_embeddings": positions}
     options = {"max_model_len": positions, "dtype": dtype, "enforce_eager": True}
+    options["enable_prefix_caching"] = False  # or repeated bursts are answered from it
     if name == OURS:
         more = {"additional_config": {"revmux": {"policy": policy}}}
         return options | {"hf_overrides": overrides} | more
@@ -76,7 +77,6 @@ def options_of(model: Model, name: str, positions: int, dtype: str, policy: str)
     return options | {
         "hf_overrides": overrides | {"architectures": [model.plain_architecture]},
         "kv_cache_memory_bytes": (positions + 2 * BLOCK_TOKENS) * token_bytes,
-        "enable_prefix_caching": False,  # or repeated bursts are answered from it
     }
 
 

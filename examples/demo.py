@@ -39,6 +39,7 @@ from revmux_vllm.bench.servers import (
     server_pair,
     wait_for,
 )
+from revmux_vllm.bench.settings import NOTHING_KEPT
 from revmux_vllm.bundled import resolve
 from revmux_vllm.engine.platform import is_cpu
 from revmux_vllm.errors import UserError
@@ -135,7 +136,7 @@ class Demo:
     ) -> None:
         self.model, self.rounds, self.concurrency = model, rounds, concurrency
         self.texts, self.count = texts, count
-        self.server_args = server_args
+        self.server_args = NOTHING_KEPT, *server_args
         keeps = {"min_agreement": min_agreement} if agreement is None else {"agreement": agreement}
         self.options = {"revmux": keeps}
         folder = resolve(model)

@@ -245,6 +245,7 @@ class RecordingEngine(InProcessEngine):
     def __init__(self, model: Path, **options: Any) -> None:
         super().__init__(model, quiet=False, **SMALL | options)
         self.plans: list[Any] = []
+        self.cached_tokens = 0
         own = self.planner.config.rungs
         self.planner.policy = ByCrowd(tuple(rung for rung in own if not rung.exit))
         scheduler = self.scheduler
@@ -263,6 +264,7 @@ class RecordingEngine(InProcessEngine):
         """Probabilities (B, C), the groups that they were computed in, and these groups' rungs."""
         self.plans.clear()
         outputs = self.classify(prompts, salts=salts)
+        self.cached_tokens = sum(output.num_cached_tokens for output in outputs)
         index = {output.request_id: i for i, output in enumerate(outputs)}
         plans = [plan for plan in self.plans if plan is not None]
         groups = [

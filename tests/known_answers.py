@@ -24,6 +24,7 @@ from revmux_vllm.rungs import parse_rungs
 
 NUM_LABELS = 256
 WIDTHS = (1, 2, 4)
+NUM_PREFIXES, PREFIX_WORDS = 3, 100
 
 
 def make_transparent_checkpoint(root: Path, hidden_size: int = 64, num_layers: int = 3) -> Path:
@@ -70,16 +71,19 @@ class Known:
     """Texts and the label that each must get, by the rung it may have run at.
 
     Attributes:
-        texts: ``count`` of them, 1 to 40 words each.
+        texts: ``count`` of them, 1 to 40 words each, behind a prefix of ``PREFIX_WORDS`` for a
+            share of them.
         labels: of each text, those that it gets at any of ``WIDTHS``.
         probabilities: by width (B, C), each text packed with the next shorter ones.
     """
 
-    def __init__(self, folder: Path, count: int) -> None:
+    def __init__(self, folder: Path, count: int, prefixed: float = 0.0) -> None:
         rng = random.Random(0)
         self.prompts = [
             [rng.randrange(1, VOCAB_SIZE) for _ in range(rng.randint(1, 40))] for _ in range(count)
         ]
+        for i in range(round(prefixed * count)):
+            self.prompts[i][:0] = [i % NUM_PREFIXES + 1] * PREFIX_WORDS
         self.texts = [" ".join(f"w{token}" for token in prompt) for prompt in self.prompts]
         backbone = load_backbone(folder, 1)
         ladder = checkpoint.load_adapters(folder)

@@ -1,11 +1,14 @@
 """Options of the suite, and how it is shared among the workers of pytest-xdist."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else []
 LONG = ("test_soak.py", "test_examples.py", "test_parity.py", "test_flagship.py")
 """What takes longest comes first, so that no worker is left alone with it."""
 
@@ -22,11 +25,26 @@ def pytest_configure() -> None:
     """A worker keeps to its own cores, and so do its servers: on the same ones they would wait for
     each other's spinning threads."""
     worker = os.environ.get("PYTEST_XDIST_WORKER")
-    if worker is None or not hasattr(os, "sched_setaffinity"):
-        return
-    cores = sorted(os.sched_getaffinity(0))
-    own = cores[int(worker.removeprefix("gw")) :: int(os.environ["PYTEST_XDIST_WORKER_COUNT"])]
-    os.sched_setaffinity(0, own or cores)
+    if worker is not None and CORES:
+        own = CORES[int(worker.removeprefix("gw")) :: int(os.environ["PYTEST_XDIST_WORKER_COUNT"])]
+        os.sched_setaffinity(0, own or CORES)
+
+
+@contextmanager
+def on_all_cores() -> Iterator[None]:
+    """What is started here is not kept to this worker's cores.
+
+    On one core whoever is told that an answer begins runs before the rest of it is sent, so a front
+    that is killed is likelier to leave half an answer, which nobody can mend.
+    """
+    own = CORES and os.sched_getaffinity(0)
+    if CORES:
+        os.sched_setaffinity(0, CORES)
+    try:
+        yield
+    finally:
+        if own:
+            os.sched_setaffinity(0, own)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

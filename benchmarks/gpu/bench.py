@@ -66,10 +66,10 @@ class Pair:
         write_shape(model, shape, rungs)
         backbone.mkdir()
         with ExitStack() as stack:
+            options = options | {"enable_prefix_caching": False}  # or rounds are answered from it
             self.ours = self._start(stack, str(model), options, logs / f"{shape.name}-revmux.log")
-            plain = options | {"enable_prefix_caching": False}  # or rounds are answered from it
             where = checkpoint.plain_backbone(model, backbone)
-            self.plain = self._start(stack, where, plain, logs / f"{shape.name}-plain.log")
+            self.plain = self._start(stack, where, options, logs / f"{shape.name}-plain.log")
             self._stack = stack.pop_all()
 
     def _start(self, stack: ExitStack, model: str, options: dict[str, Any], log: Path) -> Child:

@@ -47,6 +47,14 @@ LoadFormat = Annotated[
     str | None,
     typer.Option(help="`dummy` draws weights at random, for a folder that has none."),
 ]
+SharedPrefix = Annotated[
+    int,
+    typer.Option(
+        min=0,
+        help="Tokens that all texts begin with, as with an instruction: plain vLLM and ours keep "
+        "them in their caches.",
+    ),
+]
 Seed = Annotated[int, typer.Option(help="Of the texts and the arrivals.")]
 Output = Annotated[Path | None, typer.Option(help="File to write the same JSON object to.")]
 
@@ -60,6 +68,7 @@ def main() -> None:
     """
 
 
+# Long because the options of the command are declared here.
 @app.command()
 def offline(
     model: Model,
@@ -84,6 +93,7 @@ def offline(
         float | None,
         typer.Option(help="Measure this accuracy contract of the checkpoint beside its rungs."),
     ] = None,
+    shared_prefix: SharedPrefix = 0,
     seed: Seed = 0,
     as_json: AsJson = False,
     output: Output = None,
@@ -93,7 +103,11 @@ def offline(
     A backbone that answers with label words, which vLLM alone cannot serve, is compared with itself
     alone on the same engine.
 
-    Example: `revmux bench offline revmux-llama --rungs mux:4,merge:2`.
+    Plain vLLM runs as it does by default, its prefix caching too, but no round finds more in the
+    cache than the shared prefix.
+
+    Example: `revmux bench offline revmux-llama --rungs mux:4,merge:2`, or with an instruction
+    before every text `--shared-prefix 400 --lengths fixed:100`.
     """
     with measuring():
         require("vllm", extra=EXTRA)
@@ -113,6 +127,7 @@ def offline(
             enforce_eager=enforce_eager,
             seed=seed,
             agreement=agreement,
+            shared_prefix=shared_prefix,
         )
         report = {"model": model} | run(settings, make_console(stderr=True))
     _hand_over(report, as_json, output)
@@ -152,6 +167,7 @@ def online(
         str | None, typer.Option(help="JSON for the RevMUX server alone, as for `vllm serve`.")
     ] = None,
     load_format: LoadFormat = None,
+    shared_prefix: SharedPrefix = 0,
     seed: Seed = 0,
     as_json: AsJson = False,
     output: Output = None,
@@ -193,6 +209,7 @@ def online(
             additional_config=read_additional_config(additional_config),
             load_format=load_format,
             seed=seed,
+            shared_prefix=shared_prefix,
         )
         report = run(settings, prepare(settings), make_console(stderr=True))
     _hand_over(report, as_json, output)

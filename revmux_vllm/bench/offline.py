@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -75,6 +76,7 @@ def run(
         promise["additional_config"] = {"revmux": {"agreement": settings.agreement}}
     lengths, prompts = prepare_prompts(settings, models[0])
     options = engine_options(settings, max(map(len, prompts)))
+    shared = settings.shared_prefix
     with Progress(console=console) as progress, ExitStack() as stack:
         task = progress.add_task("starting the engines", total=len(models) + 1)
         engines = {}
@@ -82,13 +84,17 @@ def run(
             own = promise if model is models[0] else {}
             engines[model] = start_multiplexed(model, options | own, stack)
             progress.advance(task)
-        baseline, alone = start_baseline(models[0], engines[models[0]], options, stack)
+        first = models[0]
+        baseline, alone = start_baseline(first, engines[first], options, stack, shared)
         progress.advance(task)
-        contenders: dict[Any, Rate] = {row: at(engines[row.model], row.rungs) for row in rows}
+        contenders: dict[Any, Rate] = {
+            row: at(engines[row.model], row.rungs, shared) for row in rows
+        }
         contenders |= {**beside, baseline: alone}
         rates = measure(contenders, prompts, settings.rounds, progress)
     return {
         "lengths": str(lengths),
+        "shared_prefix": settings.shared_prefix,
         "requests": len(prompts),
         "mean_tokens": statistics.mean(map(len, prompts)),
         "rounds": settings.rounds,
@@ -161,22 +167,31 @@ def start_multiplexed(model: Model, options: dict[str, Any], stack: ExitStack) -
 
 
 def start_baseline(
-    model: Model, engine: InProcessEngine, options: dict[str, Any], stack: ExitStack
+    model: Model,
+    engine: InProcessEngine,
+    options: dict[str, Any],
+    stack: ExitStack,
+    shared_prefix: int = 0,
 ) -> tuple[str, Rate]:
     """The backbone of a model alone, under vLLM's own class or at width 1 of its ``engine``."""
     if model.plain_architecture is None:
-        return ALONE, at(engine, Rung())
+        return ALONE, at(engine, Rung(), shared_prefix)
     folder = Path(stack.enter_context(TemporaryDirectory(prefix="revmux-plain-")))
     with _told("plain vLLM", PlainEngineError):  # its process has printed more
         plain = PlainEngine(
             checkpoint.plain_backbone(model.folder, folder),
             hf_overrides={"architectures": [model.plain_architecture]},
             kv_cache_memory_bytes=1 << 30,
-            enable_prefix_caching=False,  # or repeated rounds are answered from it
             **options,
         )
     stack.callback(plain.close)
-    return PLAIN, lambda prompts: len(prompts) / plain.seconds(prompts)
+    rounds = count()
+
+    def rate(prompts: Prompts) -> float:
+        own, salt = fresh(prompts, shared_prefix, next(rounds))
+        return len(prompts) / plain.seconds(own, salt)
+
+    return PLAIN, rate
 
 
 @contextmanager
@@ -190,13 +205,31 @@ def _told(what: str, kind: type[Exception]) -> Iterator[None]:
         raise EngineError(f"{what} does not start: {error}") from error
 
 
-def at(engine: InProcessEngine, rungs: Rung | tuple[Rung, ...]) -> Rate:
-    """How fast an engine answers at one rung, or at what the load asks for among several."""
+def fresh(prompts: Prompts, shared_prefix: int, number: int) -> tuple[Prompts, str]:
+    """Prompts of a round, and their ``cache_salt``: nothing of them is in the cache but the prefix.
+
+    Without one every round is another tenant's; with one the first token behind it is another.
+    """
+    if not shared_prefix:
+        return prompts, f"round {number}"
+    own = [list(prompt) for prompt in prompts]
+    for prompt in own:
+        prompt[shared_prefix] = prompts[0][number % len(prompts[0])]
+    return own, "bench"
+
+
+def at(engine: InProcessEngine, rungs: Rung | tuple[Rung, ...], shared_prefix: int = 0) -> Rate:
+    """How fast an engine answers at one rung, or at what the load asks for among several.
+
+    ``shared_prefix``: tokens that prompts begin with and that may be found in the cache.
+    """
+    rounds = count()
 
     def rate(prompts: Prompts) -> float:
         engine.run_at(rungs)
+        own, salt = fresh(prompts, shared_prefix, next(rounds))
         start = time.perf_counter()
-        engine.classify(prompts)
+        engine.classify(own, salts=[f"{salt}, {rungs}"] * len(prompts))
         return len(prompts) / (time.perf_counter() - start)
 
     return rate

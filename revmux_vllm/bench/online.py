@@ -79,6 +79,7 @@ def measure(
         "seconds": settings.seconds,
         "arrivals": settings.arrivals,
         "lengths": str(workload.lengths),
+        "shared_prefix": settings.shared_prefix,
         "seed": settings.seed,
         "server_args": settings.vllm_args,
         "additional_config": settings.additional_config,

@@ -20,12 +20,8 @@ PLAIN = "plain"
 # Two servers share one GPU: vLLM checks at start-up that so much of it is free, and does no more
 # with this once the cache has a size.
 SHARE = "--gpu-memory-utilization=0.1"
-# By itself vLLM's cache takes a share of all memory, and repeated texts are answered from it.
-PLAIN_ARGS = (
-    SHARE,
-    f"--kv-cache-memory-bytes={1 << 30}",
-    "--no-enable-prefix-caching",
-)
+# By itself vLLM's cache takes a share of all memory.
+PLAIN_ARGS = (SHARE, f"--kv-cache-memory-bytes={1 << 30}")
 
 
 @contextmanager

@@ -12,6 +12,8 @@ from revmux_vllm.errors import UserError
 from revmux_vllm.rungs import Rung
 
 BURSTINESS = {"poisson": 1.0, "bursty": 0.2}
+NOTHING_KEPT = "--no-enable-prefix-caching"
+"""Of both servers where texts are repeated: they would be answered from the cache."""
 OURS = ("model", "host", "port", "served-model-name", "additional-config", "load-format")
 
 
@@ -32,6 +34,7 @@ class OfflineSettings:
         enforce_eager: compile nothing.
         seed: of the texts.
         agreement: measure the first model's accuracy contract of so much, too.
+        shared_prefix: tokens that all prompts begin with, before the texts.
     """
 
     models: tuple[str, ...]
@@ -45,6 +48,7 @@ class OfflineSettings:
     enforce_eager: bool = False
     seed: int = 0
     agreement: float | None = None
+    shared_prefix: int = 0
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,7 @@ class OnlineSettings:
         additional_config: for the RevMUX server alone.
         load_format: ``dummy`` draws the weights at random; None is vLLM's own choice.
         seed: of arrivals and texts.
+        shared_prefix: tokens that all texts begin with; both servers keep them in their cache.
 
     Raises:
         UserError: naming the first option whose value cannot work.
@@ -79,6 +84,7 @@ class OnlineSettings:
     additional_config: dict[str, Any] | None = None
     load_format: str | None = None
     seed: int = 0
+    shared_prefix: int = 0
 
     def __post_init__(self) -> None:
         if not self.loads or min(self.loads) <= 0:
@@ -98,7 +104,7 @@ class OnlineSettings:
     def vllm_args(self) -> list[str]:
         """Options of both servers."""
         chosen = [] if self.load_format is None else [f"--load-format={self.load_format}"]
-        return [*self.server_args, *chosen]
+        return [*([] if self.shared_prefix else [NOTHING_KEPT]), *self.server_args, *chosen]
 
 
 def read_loads(text: str) -> tuple[float, ...]:

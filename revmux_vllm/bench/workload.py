@@ -81,8 +81,20 @@ def prepare(settings: OnlineSettings) -> Workload:
     read_options(settings.additional_config, model.config)
     lengths, texts = choose_texts(settings.lengths, settings.texts)
     tokenizer = read_tokenizer(model.folder)
-    most = most_tokens(model.folder, tokenizer, settings.server_args)
-    return Workload(model, lengths, make_texts(tokenizer, lengths, most, settings.seed, texts))
+    most = most_tokens(model.folder, tokenizer, settings.server_args) - settings.shared_prefix
+    made = make_texts(tokenizer, lengths, most, settings.seed, texts)
+    if settings.shared_prefix:
+        (prefix, *_) = make_texts(tokenizer, _prefix(settings, most), most, settings.seed)
+        made = [f"{prefix} {text}" for text in made]
+    return Workload(model, lengths, made)
+
+
+def _prefix(settings: OfflineSettings | OnlineSettings, most: int) -> Lengths:
+    """Raises UserError where the model takes no text behind it."""
+    if most < 1:
+        problem = f"the model takes {most + settings.shared_prefix} tokens, with the text"
+        raise UserError("`shared_prefix`", problem, found=settings.shared_prefix)
+    return Lengths("fixed", settings.shared_prefix)
 
 
 def prepare_prompts(settings: OfflineSettings, model: Model) -> tuple[Lengths, list[list[int]]]:
@@ -93,8 +105,13 @@ def prepare_prompts(settings: OfflineSettings, model: Model) -> tuple[Lengths, l
     """
     lengths, texts = choose_texts(settings.lengths, settings.texts)
     tokenizer = read_tokenizer(model.folder)
-    most = most_tokens(model.folder, tokenizer)
-    return lengths, make_prompts(tokenizer, lengths, most, settings.seed, texts, settings.requests)
+    most = most_tokens(model.folder, tokenizer) - settings.shared_prefix
+    seed, prefix = settings.seed, []
+    if settings.shared_prefix:
+        fixed = _prefix(settings, most)
+        (prefix,) = make_prompts(tokenizer, fixed, settings.shared_prefix, seed, None, 1)
+    own = make_prompts(tokenizer, lengths, most, seed, texts, settings.requests)
+    return lengths, [[*prefix, *prompt] for prompt in own]
 
 
 def read_tokenizer(folder: Path) -> Any:

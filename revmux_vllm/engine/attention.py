@@ -12,8 +12,10 @@ are garbage at the same speed.
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
@@ -28,7 +30,8 @@ from vllm.v1.attention.backend import (
 from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 
 from revmux_vllm.engine.layout import MuxLayout, make_layout
-from revmux_vllm.engine.steps import current_step
+from revmux_vllm.engine.prefixes import RowBlocks, on_device
+from revmux_vllm.engine.steps import StepPlan, current_step
 from revmux_vllm.engine.transfer import sent
 from revmux_vllm.rungs import Ends
 
@@ -42,8 +45,12 @@ def composite_metadata(
     """
     num_groups, num_rows = layout.passing(first_layer)
     starts = torch.from_numpy(layout.host_starts[: num_groups + 1])
-    lengths = starts.diff()
-    longest = int(lengths.max())
+    lengths = torch.from_numpy(layout.host_lengths[:num_groups])
+    if (paging := layout.paging) is None:
+        table = common.block_table_tensor[layout.carriers[:num_groups]]
+        slots = common.slot_mapping[layout.carrier_rows[:num_rows]]
+    else:
+        table, slots = paging.row_table[:num_groups], paging.slots[:num_rows]
     return common.replace(
         query_start_loc=layout.starts[: num_groups + 1],
         query_start_loc_cpu=starts,
@@ -51,10 +58,10 @@ def composite_metadata(
         seq_lens_cpu_upper_bound=lengths,
         num_reqs=num_groups,
         num_actual_tokens=num_rows,
-        max_query_len=longest,
-        max_seq_len=longest,
-        block_table_tensor=common.block_table_tensor[layout.carriers[:num_groups]],
-        slot_mapping=common.slot_mapping[layout.carrier_rows[:num_rows]],
+        max_query_len=int(starts.diff().max()),
+        max_seq_len=int(lengths.max()),
+        block_table_tensor=table,
+        slot_mapping=slots,
         positions=layout.places[:num_rows],
         is_prefilling=torch.ones(num_groups, dtype=torch.bool),
         _num_computed_tokens_cache=None,
@@ -84,9 +91,37 @@ def metadata_for(
     return metadata
 
 
+def layout_of(
+    step: StepPlan, common: CommonAttentionMetadata, ends: Ends, blocks: RowBlocks | None
+) -> MuxLayout[Tensor]:
+    """The layout of a step, on the device.
+
+    Args:
+        step: its plan.
+        common: vLLM's own metadata of it.
+        ends: which tokens of a sequence are not like the others.
+        blocks: of the cache; None where it keeps no prefixes.
+    """
+    starts = common.query_start_loc_cpu[: common.num_reqs + 1].numpy()
+    computed = None
+    if blocks is not None:
+        lengths = common.seq_lens_cpu_upper_bound
+        assert lengths is not None
+        computed = lengths[: common.num_reqs].numpy() - np.diff(starts)
+    made = make_layout(step.groups(), starts, ends, computed, blocks)
+    layout: MuxLayout[Tensor] = sent(made, common.query_start_loc.device)
+    if layout.paging is None:
+        return layout
+    return replace(layout, paging=on_device(layout.paging, common.block_table_tensor))
+
+
 @functools.lru_cache
 def composite_attention_backend(
-    underlying: type[AttentionBackend], first_layer: int, ends: Ends, reads_sequences: bool
+    underlying: type[AttentionBackend],
+    first_layer: int,
+    ends: Ends,
+    reads_sequences: bool,
+    tail: int | None = None,
 ) -> type[AttentionBackend]:
     """``underlying`` for the upper layers from one on: its metadata carries ``mux_layout``.
 
@@ -97,6 +132,7 @@ def composite_attention_backend(
         first_layer: of the layers that run on the same rows.
         ends: which tokens of a sequence are not like the others.
         reads_sequences: the model needs the layout also where all run alone.
+        tail: see ``RowBlocks``; None where no prefixes are kept.
     """
     base: Any = underlying.get_builder_cls()
     assert issubclass(base, AttentionMetadataBuilder)
@@ -121,10 +157,8 @@ def composite_attention_backend(
             if step is None or (step.plan.all_alone and not reads_sequences):
                 return super().build(common_prefix_len, common_attn_metadata, fast_build)
             if step.layout is None:
-                common = common_attn_metadata
-                starts = common.query_start_loc_cpu[: common.num_reqs + 1].numpy()
-                made = make_layout(step.groups(), starts, ends)
-                step.layout = sent(made, common.query_start_loc.device)
+                blocks = None if tail is None else RowBlocks(self.kv_cache_spec.block_size, tail)
+                step.layout = layout_of(step, common_attn_metadata, ends, blocks)
             layout: MuxLayout[Tensor] = step.layout
             own = super().build
             build = functools.partial(

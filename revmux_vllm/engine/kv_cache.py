@@ -1,4 +1,4 @@
-"""How much room keys and values need: that of the steps in flight, for nothing outlives one.
+"""How much room keys and values need: that of the steps in flight, and of prefixes that stay.
 
 vLLM settles blocks and pages in the worker, where it knows the attention backend. The hook, which
 runs long before, sets a bound, so that vLLM neither takes a share of all memory nor starts beside
@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
+from vllm.platforms import current_platform
 from vllm.utils.math_utils import cdiv
 
 from revmux_vllm.families import family_of
@@ -19,6 +20,11 @@ if TYPE_CHECKING:
 
 logger = init_logger("vllm.revmux")
 
+PREFIX_TOKENS = 1 << 14
+"""Of prefixes that stay in the cache between steps, beside what the last steps have left there."""
+CPU_BLOCK = 32
+"""Tokens of a block on CPUs where prefixes are shared, the fewest that their kernels take. vLLM's
+own 128 would round most of a prefix off, and four times as much where four tokens become a row."""
 LARGEST_BLOCK = 128
 """Tokens of the largest block that vLLM chooses by itself (platforms/cpu.py)."""
 _OURS = "revmux_sized"
@@ -49,6 +55,17 @@ def size_kv_cache(vllm_config: "VllmConfig") -> None:
     token_bytes = 2 * heads * model.get_head_size() * model.dtype.itemsize
     blocks = _blocks(vllm_config, block_size, steps)
     cache.kv_cache_memory_bytes = blocks * layers * block_size * token_bytes
+
+
+def choose_block_size(vllm_config: "VllmConfig") -> None:
+    """Small blocks on CPUs where prefixes are shared; the user's choice stays."""
+    cache = vllm_config.cache_config
+    if (
+        current_platform.is_cpu()
+        and cache.enable_prefix_caching
+        and not cache.user_specified_block_size
+    ):
+        cache.block_size, cache.user_specified_block_size = CPU_BLOCK, True
 
 
 def fit_kv_cache(vllm_config: "VllmConfig", specs: Mapping[str, Any]) -> None:
@@ -85,4 +102,5 @@ def _blocks(vllm_config: "VllmConfig", block_size: int, steps: int) -> int:
     # Every sequence can leave its last block almost empty.
     full_steps = cdiv(steps * scheduler.max_num_batched_tokens, block_size) + scheduler.max_num_seqs
     longest = cdiv(vllm_config.model_config.max_model_len, block_size)
-    return max(full_steps, longest) + 1  # and one is vLLM's null block
+    kept = vllm_config.cache_config.enable_prefix_caching * cdiv(PREFIX_TOKENS, block_size)
+    return max(full_steps, longest) + kept + 1  # and one is vLLM's null block

@@ -6,6 +6,9 @@ as its carrier, which is shorter than the carrier's tokens where tokens merge. S
 rows that go on are the first ones, and nothing moves. ``MuxLayout`` says which token rows feed
 which upper row, which upper row each sequence is read at, and how the attention metadata of the
 upper layers follows from the batch's.
+
+A sequence may begin behind a prefix that is in the cache: then its tokens and upper rows are those
+that are left, and ``prefixes.py`` says where the others are.
 """
 
 from collections.abc import Sequence
@@ -17,6 +20,7 @@ import torch
 from torch import Tensor
 
 from revmux_vllm.adapters.merging import merged_tokens
+from revmux_vllm.engine.prefixes import Paging, RowBlocks, page
 from revmux_vllm.rungs import Ends, Rung, row_counts
 
 A = TypeVar("A", np.ndarray, Tensor)
@@ -71,15 +75,17 @@ class MuxLayout(Generic[A]):
         alone: (A,) token rows of the sequences that run alone; they are the first upper rows.
         positions: (U,) position of every upper row in its sequence, for rotary embeddings; of a
             merged row that of its last token.
-        places: (U,) of every upper row in its composite, for the attention's metadata.
+        places: (U,) of every upper row in its composite, for the attention's metadata; rows in the
+            cache come before.
         carriers: (G,) batch row of each composite's carrier, in upper order.
         carrier_rows: (U,) the carrier's token row whose place in the cache every upper row takes.
         starts: (G + 1,) int32, first upper row of every composite, and U.
-        lengths: (G,) int32, rows of every composite.
+        lengths: (G,) int32, rows of every composite, those in the cache too.
         sequence_of_token: (num_tokens,) batch row of every token.
         sequence_starts: (B,) first token row of every sequence.
         pooled_token: (B,) token row that speaks for every sequence.
-        host_starts: ``starts`` as an array.
+        paging: where prefixes are in the cache; None where none are kept.
+        host_starts, host_lengths: ``starts`` and ``lengths`` as arrays.
         host_stops: (G,) layer after which every composite is read, the highest first; infinite for
             the end.
         host_sequence_lengths: (B,) tokens of every sequence, as an array.
@@ -96,7 +102,9 @@ class MuxLayout(Generic[A]):
     sequence_of_token: A
     sequence_starts: A
     pooled_token: A
+    paging: Paging[A] | None
     host_starts: np.ndarray = field(metadata={"host": True})
+    host_lengths: np.ndarray = field(metadata={"host": True})
     host_stops: np.ndarray = field(metadata={"host": True})
     host_sequence_lengths: np.ndarray = field(metadata={"host": True})
 
@@ -116,6 +124,7 @@ class MuxLayout(Generic[A]):
         read_at: Tensor,
         first_group: int,
         dtype: torch.dtype,
+        before: Tensor | None = None,
     ) -> Tensor:
         """What rows know of sequences that share none: (M, 2, D), see ``pooled_and_mean``.
 
@@ -124,11 +133,14 @@ class MuxLayout(Generic[A]):
             read_at: (M,) the one that speaks for each.
             first_group: of M composites, one after the other.
             dtype: of the result.
+            before: (M, D) sums over their rows in the cache.
         """
         last_group = first_group + len(read_at)
         first, last = self.host_starts[first_group], self.host_starts[last_group]
         starts = self.starts[first_group:last_group] - first
-        return pooled_and_mean(rows[first:last], read_at - first, starts, dtype)
+        counts = self.lengths[first_group:last_group]
+        cached = None if before is None else (before, counts)
+        return pooled_and_mean(rows[first:last], read_at - first, starts, dtype, cached)
 
     def passing(self, layer: int) -> tuple[int, int]:
         """Composites, and their rows, that go on behind so many layers: the first ones."""
@@ -136,7 +148,13 @@ class MuxLayout(Generic[A]):
         return groups, int(self.host_starts[groups])
 
 
-def pooled_and_mean(rows: Tensor, read_at: Tensor, starts: Tensor, dtype: torch.dtype) -> Tensor:
+def pooled_and_mean(
+    rows: Tensor,
+    read_at: Tensor,
+    starts: Tensor,
+    dtype: torch.dtype,
+    cached: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
     """Of every sequence the row that speaks for it and the mean over its rows: (M, 2, D).
 
     The mean is of float32 as the reference's is; in half precision the order would show. A bag is
@@ -147,9 +165,15 @@ def pooled_and_mean(rows: Tensor, read_at: Tensor, starts: Tensor, dtype: torch.
         read_at: (M,).
         starts: (M,) first row of every sequence.
         dtype: of the result.
+        cached: sums (M, D) over rows of theirs that are in the cache, and how many (M,) there are
+            with them.
     """
+    mode = "mean" if cached is None else "sum"
     every = torch.arange(len(rows), dtype=starts.dtype, device=rows.device)
-    mean = torch.nn.functional.embedding_bag(every, rows.float(), starts, mode="mean")
+    mean = torch.nn.functional.embedding_bag(every, rows.float(), starts, mode=mode)
+    if cached is not None:
+        before, counts = cached
+        mean = (mean + before) / counts[:, None]
     return torch.stack([rows[read_at].to(dtype), mean.to(dtype)], dim=1)
 
 
@@ -158,6 +182,8 @@ def make_layout(
     groups: Sequence[tuple[Rung, Sequence[int]]],
     starts: np.ndarray,
     ends: Ends,
+    computed: np.ndarray | None = None,
+    blocks: RowBlocks | None = None,
 ) -> MuxLayout[np.ndarray]:
     """Lay out the composites ``groups``.
 
@@ -166,13 +192,17 @@ def make_layout(
             batch in exactly one.
         starts: (B + 1,) first token row of every sequence, and the number of tokens.
         ends: which tokens of a sequence are not like the others.
+        computed: (B,) tokens of every sequence that come before and are in the cache, whole blocks
+            of every rung that it runs at; default: none.
+        blocks: of the cache; None where it keeps no prefixes.
 
     Raises:
-        ValueError: if a row of the batch stands in no group or in two, or a carrier is shorter
-            than a member.
+        ValueError: if a row of the batch stands in no group or in two, a carrier is shorter than a
+            member, or members of one composite have not the same prefix in the cache.
     """
     starts = starts.astype(np.int64)
-    lengths = np.diff(starts)
+    cached = np.zeros(len(starts) - 1, np.int64) if computed is None else computed.astype(np.int64)
+    lengths = np.diff(starts) + cached
     if sorted(row for _, group in groups for row in group) != list(range(len(lengths))):
         raise ValueError(f"groups do not cover the batch's {len(lengths)} rows once: {groups}")
     exits = np.array([row for rung, group in groups if rung.exit for row in group], np.int64)
@@ -180,9 +210,12 @@ def make_layout(
     tables = [np.array(group, np.int64) for _, group in ordered]
     carriers = np.array([table[0] for table in tables], np.int64)
     shortening = np.array([rung.shortening for rung, _ in ordered], np.int64)
-    rows_of = row_counts(lengths[carriers], shortening, ends)
+    earlier = _whole_rows(cached[carriers], shortening, ends)  # (G,) in the cache
+    all_rows = row_counts(lengths[carriers], shortening, ends)
+    rows_of = all_rows - earlier
     upper_starts = np.concatenate([[0], np.cumsum(rows_of)])
-    place = np.arange(upper_starts[-1]) - np.repeat(upper_starts[:-1], rows_of)
+    fresh = np.arange(upper_starts[-1]) - np.repeat(upper_starts[:-1], rows_of)
+    place = fresh + np.repeat(earlier, rows_of)
     positions = place.copy()
     speaks = starts[:-1] if ends.pools_first else starts[1:] - 1
 
@@ -196,20 +229,30 @@ def make_layout(
         table = np.stack([tables[g] for g in index])  # (G, N)
         if (lengths[table] > lengths[table[:, :1]]).any():
             raise ValueError(f"a member is longer than its carrier: {table.tolist()}")
-        source = _tokens(table, starts)
+        if (cached[table] != cached[table[:, :1]]).any():
+            raise ValueError(f"members with other prefixes in the cache: {table.tolist()}")
+        before = earlier[index]
+        source = _Source(None, None, starts[table], lengths[table], before)
         if rung.shortening > 1:
-            factor = rung.shortening
-            source, positions[first:last] = _merged(factor, table, starts, ends)
+            kept = 0 if blocks is None else blocks.tail
+            source, positions[first:last] = _merged(
+                rung.shortening, table, starts, cached, before, ends, kept
+            )
         at = np.repeat(np.arange(len(table)), rows_of[index])  # (R,) composite
-        pooled = source.num_rows * 0 if ends.pools_first else source.num_rows - 1
+        last_rows = source.num_rows - 1 - before[:, None]
+        pooled = source.num_rows * 0 if ends.pools_first else last_rows
         read_at = upper_starts[index][:, None] + pooled
         sinks = None
         if ends.has_sink and rung.mux > 1:  # a member that is read there has no other row
             sinks = (place[first:last] == 0) & (source.num_rows.min(1) > 1)[at]
         part = _rung_layout(rung, table, source, at, place[first:last], read_at, sinks, speaks)
         parts.append(replace(part, first_group=index[0]))
-    carrier_rows = np.repeat(starts[carriers], rows_of) + place
+    carrier_rows = np.repeat(starts[carriers], rows_of) + fresh
     host_starts = upper_starts.astype(np.int32)
+    paging = None
+    if blocks is not None:
+        composites = carriers, shortening, earlier, upper_starts, -(-lengths // blocks.size)
+        paging = page(blocks, starts, cached, *composites)
     return MuxLayout(
         rungs=tuple(parts),
         alone=carrier_rows[:num_alone],
@@ -218,14 +261,22 @@ def make_layout(
         carriers=carriers,
         carrier_rows=carrier_rows,
         starts=host_starts,
-        lengths=np.diff(host_starts),
-        sequence_of_token=np.repeat(np.arange(len(lengths)), lengths),
+        lengths=all_rows.astype(np.int32),
+        sequence_of_token=np.repeat(np.arange(len(lengths)), np.diff(starts)),
         sequence_starts=starts[:-1],
         pooled_token=speaks,
+        paging=paging,
         host_starts=host_starts,
+        host_lengths=all_rows.astype(np.int32),
         host_stops=np.array([_depth(rung) for rung, _ in ordered]),
         host_sequence_lengths=lengths,
     )
+
+
+def _whole_rows(tokens: np.ndarray, factor: np.ndarray, ends: Ends) -> np.ndarray:
+    """Rows of which all tokens are among so many first ones, which are followed by others."""
+    kept, _ = ends.kept
+    return np.where(tokens > 0, kept + (tokens - kept) // factor, 0)
 
 
 def _depth(rung: Rung) -> float:
@@ -258,11 +309,12 @@ def _rung_layout(
         speaks: (B,) token row that speaks for every sequence.
     """
     present = place[:, None] < source.num_rows[at]
+    fresh = (place - source.earlier[at])[:, None]
     return RungLayout(
         rung=rung,
         tokens=source.tokens,
         merged=source.merged,
-        rows=source.starts[at] + np.where(present, place[:, None], 0),
+        rows=source.starts[at] + np.where(present, fresh, 0),
         present=present,
         read_at=read_at.ravel(),
         sinks=sinks,
@@ -295,32 +347,46 @@ class _Source:
     Attributes:
         tokens, merged: as in ``RungLayout``.
         starts: (G, N) first of them of every member.
-        num_rows: (G, N) of every member.
+        num_rows: (G, N) of every member, those in the cache too.
+        earlier: (G,) rows in the cache.
     """
 
     tokens: np.ndarray | None
     merged: np.ndarray | None
     starts: np.ndarray
     num_rows: np.ndarray
-
-
-def _tokens(table: np.ndarray, starts: np.ndarray) -> _Source:
-    """The batch's own tokens."""
-    return _Source(None, None, starts[table], np.diff(starts)[table])
+    earlier: np.ndarray
 
 
 def _merged(
-    factor: int, table: np.ndarray, starts: np.ndarray, ends: Ends
+    factor: int,
+    table: np.ndarray,
+    starts: np.ndarray,
+    cached: np.ndarray,
+    earlier: np.ndarray,
+    ends: Ends,
+    kept: int,
 ) -> tuple[_Source, np.ndarray]:
-    """Merged tokens of all members, and the positions (R,) of the carriers' rows."""
-    flat = torch.from_numpy(np.diff(starts)[table].ravel())
+    """Merged tokens of all members, and the positions (R,) of the carriers' rows.
+
+    A row may begin in the cache. The last ``kept`` token rows of every sequence's prefix stand
+    behind the batch's.
+    """
+    before = cached[table].ravel()
+    flat = torch.from_numpy((np.diff(starts) + cached)[table].ravel())
     own, counts = (t.numpy() for t in merged_tokens(flat, factor, ends))  # (G*N, R', M)
-    inside = np.arange(own.shape[1]) < counts[:, None]
+    skipped = np.repeat(earlier, table.shape[1])
+    row = np.arange(own.shape[1])
+    inside = (row >= skipped[:, None]) & (row < counts[:, None])
     merged = own[inside] >= 0  # (P, M)
-    first_tokens = starts[table].reshape(-1, 1, 1)
-    tokens = (np.where(own >= 0, own, 0) + first_tokens)[inside]  # (P, M)
-    first_rows = (np.cumsum(counts) - counts).reshape(table.shape)
+    fresh = own - before[:, None, None]  # below zero for what is in the cache
+    here = starts[table].reshape(-1, 1, 1) + fresh
+    there = starts[-1] + (table.reshape(-1, 1, 1) + 1) * kept + fresh
+    nothing = starts[table].reshape(-1, 1, 1)
+    tokens = np.where(own < 0, nothing, np.where(fresh >= 0, here, there))[inside]  # (P, M)
+    left = counts - skipped
+    first_rows = (np.cumsum(left) - left).reshape(table.shape)
     num_rows = counts.reshape(table.shape)
     carriers = own.max(-1).reshape(*table.shape, -1)[:, 0]  # (G, R')
     positions = carriers[inside.reshape(*table.shape, -1)[:, 0]]
-    return _Source(tokens, merged, first_rows, num_rows), positions
+    return _Source(tokens, merged, first_rows, num_rows, earlier), positions

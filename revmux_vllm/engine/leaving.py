@@ -14,6 +14,7 @@ from vllm.distributed.parallel_state import get_tp_group
 
 from revmux_vllm.adapters.trust import trust
 from revmux_vllm.engine.layout import A, MuxLayout
+from revmux_vllm.engine.prefixes import narrower
 from revmux_vllm.engine.transfer import sent
 from revmux_vllm.planning.contract import Contract
 from revmux_vllm.planning.watching import TRUST_EDGES, TRUST_NAMES
@@ -78,7 +79,9 @@ def narrowed(layout: MuxLayout[Tensor], kept: Kept[Tensor]) -> MuxLayout[Tensor]
         carrier_rows=layout.carrier_rows[kept.rows],
         starts=kept.starts,
         lengths=layout.lengths[kept.groups],
+        paging=None if layout.paging is None else narrower(layout.paging, kept.groups, kept.rows),
         host_starts=kept.host_starts,
+        host_lengths=layout.host_lengths[kept.host_groups],
         host_stops=layout.host_stops[kept.host_groups],
     )
 
@@ -112,6 +115,8 @@ class Leaving:
     ) -> None:
         (part,) = layout.rungs
         self.contract, self.model, self.layout = contract, model, layout
+        self.whole, self.num_sequences = layout.paging, len(part.sequence)
+        self.prefixes = None if layout.paging is None else model.prefixes
         self.places = {
             stop.stop or model.bounds[0]: place for place, stop in enumerate(contract.stops)
         }
@@ -140,7 +145,11 @@ class Leaving:
         state = self.skip
         if not stop.exit:
             first_group = len(self.layout.host_starts) - 1 - len(self.going)
-            state = self.layout.state(rows, self.read_at, first_group, self.skip.dtype)
+            before = None
+            if self.prefixes is not None:
+                before = self.prefixes.before_rows(layer, self.whole)[-self.num_sequences :]
+                before = before[self.going]
+            state = self.layout.state(rows, self.read_at, first_group, self.skip.dtype, before)
         vectors = self.model.adapters[stop].read(None, self.going * 0, state)
         logits = Problem.ONE_CLASS.answers(self.model.answer(vectors)).float()
         self.said.append(logits)

@@ -85,7 +85,8 @@ def _counters(by: list[str]) -> dict[str, prometheus.Counter]:
         "fallbacks": prometheus.Counter(
             "revmux:fallbacks",
             "Requests that ran alone, by reason: light_load, no_partner, isolation, exact, "
-            "policy, long (longer than a step, or beside a part of such a one).",
+            "policy, long (longer than a step, or beside a part of such a one), prefix (so that "
+            "others find in the cache what they begin with).",
             [*by, "reason"],
         ),
         "composite_slots": prometheus.Counter(
@@ -96,6 +97,11 @@ def _counters(by: list[str]) -> dict[str, prometheus.Counter]:
         ),
         "composite_tokens": prometheus.Counter(
             "revmux:composite_tokens", "Tokens of the members of composites.", by
+        ),
+        "cached_tokens": prometheus.Counter(
+            "revmux:cached_tokens",
+            "Tokens of prefixes that were found in the cache, by the rung they were found at.",
+            [*by, "rung"],
         ),
         "arrived_tokens": prometheus.Counter(
             "revmux:arrived_tokens", "Tokens of the requests that arrived.", by

@@ -18,7 +18,7 @@ from revmux_vllm.backbones.loading import most_positions
 from revmux_vllm.config import RevMuxConfig
 from revmux_vllm.engine.graphs import choose_capture_sizes
 from revmux_vllm.engine.guard import warn_of_open_routes
-from revmux_vllm.engine.kv_cache import size_kv_cache
+from revmux_vllm.engine.kv_cache import choose_block_size, size_kv_cache
 from revmux_vllm.engine.platform import native_dtype
 from revmux_vllm.engine.refusals import refuse_impossible_options
 from revmux_vllm.engine.stat_logger_entry import offer_stat_logger
@@ -56,8 +56,9 @@ class RevMuxModelConfig(VerifyAndUpdateConfig):
         vllm_config.parallel_config.worker_cls = "revmux_vllm.engine.worker.RevMuxWorker"
         offer_stat_logger()
         choose_capture_sizes(vllm_config)
-        _keep_no_prefixes(vllm_config)
+        _keep_prefixes(vllm_config)
         _cap_length(vllm_config)
+        choose_block_size(vllm_config)
         size_kv_cache(vllm_config)
         if vllm_config.model_config.dtype.itemsize == 2 and native_dtype() == "float32":
             logger.warning(
@@ -102,15 +103,12 @@ def _offer_score_template(vllm_config: "VllmConfig") -> None:
     model.post_process_tokens = staticmethod(lambda prompt: None)
 
 
-def _keep_no_prefixes(vllm_config: "VllmConfig") -> None:
-    """No prefix caching, which vLLM has on by default for decoders."""
-    cache = vllm_config.cache_config
-    if cache.enable_prefix_caching:
+def _keep_prefixes(vllm_config: "VllmConfig") -> None:
+    """Prefix caching as vLLM has it, but where a window would leave holes in a prefix."""
+    cache, hf_config = vllm_config.cache_config, vllm_config.model_config.hf_config
+    if cache.enable_prefix_caching and getattr(hf_config, "sliding_window", None):
         cache.enable_prefix_caching = False
-        logger.info(
-            "RevMUX: prefix caching is off, because the upper layers' pages hold the keys and "
-            "values of composites and not of prompts"
-        )
+        logger.info("RevMUX: prefix caching is off, because attention has a sliding window")
 
 
 def _cap_length(vllm_config: "VllmConfig") -> None:

@@ -43,9 +43,12 @@ class PlainEngine:
             self.close()
             raise
 
-    def seconds(self, prompts: Sequence[Sequence[int]]) -> float:
-        """How long it takes to classify ``prompts``, token ids, measured in its process."""
-        return float(self._ask(prompts)[0])
+    def seconds(self, prompts: Sequence[Sequence[int]], salt: str | None = None) -> float:
+        """How long it takes to classify ``prompts``, token ids, measured in its process.
+
+        ``salt``: their ``cache_salt``; what prompts of another one left in the cache is not found.
+        """
+        return float(self._ask(prompts, salt)[0])
 
     def probabilities(self, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
         """Of every class, by prompt."""
@@ -60,9 +63,9 @@ class PlainEngine:
             self._process.kill()
             self._process.join()
 
-    def _ask(self, prompts: Sequence[Sequence[int]]) -> Any:
+    def _ask(self, prompts: Sequence[Sequence[int]], salt: str | None = None) -> Any:
         try:
-            self._here.send([list(prompt) for prompt in prompts])
+            self._here.send(([list(prompt) for prompt in prompts], salt))
         except OSError:
             raise self._ended() from None
         return self._answer()
@@ -94,9 +97,9 @@ def _serve(there: Connection, model: str, options: dict[str, Any]) -> None:
     try:
         there.send(None)
         while True:
-            prompts = there.recv()
+            prompts, salt = there.recv()
             start = time.perf_counter()
-            outputs = engine.classify(prompts)
+            outputs = engine.classify(prompts, salts=salt and [salt] * len(prompts))
             seconds = time.perf_counter() - start
             there.send((seconds, [output.outputs.probs for output in outputs]))
     except (EOFError, BrokenPipeError):

@@ -6,8 +6,8 @@ last one is under way nobody else is chosen, so those steps are plain vLLM's.
 """
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from itertools import islice
 from typing import Any
@@ -24,6 +24,7 @@ from revmux_vllm.config import RevMuxConfig
 from revmux_vllm.engine.metrics import put_counts
 from revmux_vllm.engine.model_config import served_options
 from revmux_vllm.engine.orphans import end_with_parent
+from revmux_vllm.engine.sharing import SharedBlocks
 from revmux_vllm.engine.stages import LOWER, UPPER, StepTimes
 from revmux_vllm.planning.costs import Budgets
 from revmux_vllm.planning.packing import MuxPlan
@@ -77,23 +78,33 @@ class RevMuxScheduler(Scheduler):
         )
         self._ended_s = 0.0
         self._untimed_steps = 0
+        self._shared: SharedBlocks | None = None
+        if self.cache_config.enable_prefix_caching:
+            shared = SharedBlocks(self.kv_cache_manager, self.block_size, self.requests)
+            self._shared = self.planner.prefixes = shared
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """One step of vLLM's scheduler, planned."""
         began = time.monotonic()
-        step = self._choose(began)
-        with self._only([self.requests[member.id] for member in step.members]):
+        chosen = self._choose(began)
+        in_parts = {request.request_id for request in self.running}
+        with (
+            self._named(chosen) as step,
+            self._only([self.requests[member.id] for member in step.members]),
+        ):
             planned = time.monotonic()
             output = super().schedule(*args, **kwargs)
             vllms = time.monotonic() - planned
-        scheduled = output.num_scheduled_tokens
-        taken = [self.requests[request_id] for request_id in scheduled]
+        taken = [self.requests[request_id] for request_id in output.num_scheduled_tokens]
         chunks = {
             request.request_id: not _has_tokens_left(request)
             for request in taken
-            if scheduled[request.request_id] < request.num_tokens
+            if request.request_id in in_parts or _has_tokens_left(request)
         }
         plan = self.planner.plan(step, _records(taken), chunks)
+        if self._shared is not None:
+            self._shared.settle(step, plan, output)
+            self._count_cached(output, plan)
         self._count_us("plan", time.monotonic() - began - vllms)
         values = {field.name: getattr(output, field.name) for field in fields(output)}
         return RevMuxSchedulerOutput(
@@ -106,6 +117,11 @@ class RevMuxScheduler(Scheduler):
         window = _records(islice(self.waiting, self.planner.window))
         free = self.max_num_active_reqs - len(self.running)
         return self.planner.choose(window, len(self.waiting), free, now)
+
+    def _named(self, step: Step) -> AbstractContextManager[Step]:
+        if self._shared is None:
+            return nullcontext(step)
+        return self._shared.named(step)
 
     @contextmanager
     def _only(self, requests: Sequence[Request]) -> Iterator[None]:
@@ -126,8 +142,9 @@ class RevMuxScheduler(Scheduler):
 
     def add_request(self, request: Request) -> None:
         """vLLM's, counted for the rate of arrivals."""
-        self.planner.arrive(request.num_tokens)
         super().add_request(request)
+        cached = 0 if self._shared is None else self._shared.num_cached(request.request_id)
+        self.planner.arrive(request.num_tokens - cached)
 
     def update_from_output(
         self, scheduler_output: Any, model_runner_output: Any, *args: Any, **kwargs: Any
@@ -199,11 +216,22 @@ class RevMuxScheduler(Scheduler):
             now["drift"] = 100 * self.planner.drift.degree
         return {("now", key): round(tokens) for key, tokens in now.items()}
 
+    def _count_cached(self, output: SchedulerOutput, plan: MuxPlan) -> None:
+        rungs = {
+            member: rung
+            for rung, group in zip(plan.rungs, plan.groups, strict=True)
+            for member in group
+        }
+        for request in output.scheduled_new_reqs:
+            if request.num_computed_tokens:
+                rung = str(rungs[request.req_id])
+                self.planner.counts["cached_tokens", rung] += request.num_computed_tokens
+
     def _count_us(self, stage: str, seconds: float) -> None:
         self.planner.counts["us", stage] += round(1e6 * seconds)
 
 
-def _records(requests: Any) -> list[Waiting]:
+def _records(requests: Iterable[Request]) -> list[Waiting]:
     """The planner's records of vLLM's requests, whose times of arrival are on the wall clock."""
     behind = time.time() - time.monotonic()
     return [

@@ -6,7 +6,7 @@ and how the upper layers see them is the engine's.
 
 import math
 from collections import Counter
-from collections.abc import Collection, Hashable, Iterable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -100,6 +100,7 @@ def pack_rungs(
     domains: Sequence[Hashable] | None = None,
     exact: Collection[int] = (),
     max_tokens: float = math.inf,
+    prefixes: Sequence[Hashable] | None = None,
 ) -> list[Packed]:
     """``pack`` for the widest of ``rungs``, narrower ones for what is left.
 
@@ -110,18 +111,26 @@ def pack_rungs(
         lengths, domains, max_tokens: as for ``pack``.
         rungs: that may be used, all of one way; the backbone alone always may.
         exact: indices of those that run on the backbone alone whatever else may be used.
+        prefixes: what each of them begins with; None: like no other. Those that begin alike are
+            partners before others are.
     """
-    if exact:
-        others = [i for i in range(len(lengths)) if i not in exact]
-        theirs = None if domains is None else [domains[i] for i in others]
-        packed = pack_rungs([lengths[i] for i in others], rungs, theirs, (), max_tokens)
-        return [
-            *((rung, tuple(others[i] for i in group)) for rung, group in packed),
-            *((Rung(), (i,)) for i in sorted(exact)),
-        ]
     by_width = {1: Rung()} | {rung.mux: rung for rung in rungs}
-    groups = pack(lengths, by_width, domains, max_tokens)
-    return [(by_width[len(group)], group) for group in groups]
+    packed: list[Packed] = []
+    left = [i for i in range(len(lengths)) if i not in exact]
+    rounds: list[Sequence[Hashable] | None] = [domains]
+    if prefixes is not None:
+        alike = [(None if domains is None else domains[i], p) for i, p in enumerate(prefixes)]
+        alone = [domain if prefixes[i] is not None else (i,) for i, domain in enumerate(alike)]
+        rounds.insert(0, alone)
+    for place, apart in enumerate(rounds, 1):
+        theirs = None if apart is None else [apart[i] for i in left]
+        groups = pack([lengths[i] for i in left], by_width, theirs, max_tokens)
+        is_last = place == len(rounds)
+        found = [tuple(left[i] for i in group) for group in groups if is_last or len(group) > 1]
+        packed += [(by_width[len(group)], group) for group in found]
+        taken = {i for group in found for i in group}
+        left = [i for i in left if i not in taken]
+    return [*packed, *((Rung(), (i,)) for i in sorted(exact))]
 
 
 def first_of(
@@ -131,6 +140,7 @@ def first_of(
     max_tokens: int,
     max_requests: int,
     fresh: frozenset[int] | set[int] = frozenset(),
+    tokens_of: Callable[[Packed], int] | None = None,
 ) -> list[Packed]:
     """The composites that run now: the one with the longest waiting member first, and so on.
 
@@ -147,10 +157,11 @@ def first_of(
             request longer than a step alone in it, as the first of its chunks. Upper layers never
             have more rows or sequences than lower ones, so these are theirs too.
         fresh: requests that may be left for the next step, where they may find partners.
+        tokens_of: how many a composite takes of the step; default: all of its members'.
     """
     chosen: list[Packed] = []
     for rung, group in sorted(packed, key=lambda entry: min(entry[1])):
-        tokens = sum(lengths[i] for i in group)
+        tokens = tokens_of((rung, group)) if tokens_of else sum(lengths[i] for i in group)
         if tokens > max_tokens or len(group) > max_requests:
             if not chosen and max_requests and len(group) == 1:
                 chosen = [(rung, group)]

@@ -15,7 +15,7 @@ All times are seconds on one clock, the caller's.
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from revmux_vllm.config import RevMuxConfig
 from revmux_vllm.planning.costs import ArrivalRate, Backlog, Budgets, LayerCosts
@@ -30,6 +30,9 @@ IDLE_S = 0.1
 RATE_HORIZONS = 5
 """The rate of arrivals is an average over so many horizons, so that a burst is no rate."""
 
+SAMPLE = 32
+"""Of what waits: it is looked up how much of so many is in the cache."""
+
 Counts = Counter[tuple[str, str]]
 """What happened how often, by kind and label; of kind ``us`` how many microseconds it took."""
 
@@ -43,6 +46,7 @@ class Waiting(NamedTuple):
         domain: its isolation domain; None shares composites with others of no domain.
         exact: it asks for the backbone alone.
         arrived_s: when it came.
+        fills: it runs alone, so that others find in the cache what they begin with.
     """
 
     id: str
@@ -50,10 +54,24 @@ class Waiting(NamedTuple):
     domain: Hashable = None
     exact: bool = False
     arrived_s: float = 0.0
+    fills: bool = False
 
 
 Composite = tuple[Rung, tuple[Waiting, ...]]
 """A rung, and the requests that share it, carrier first."""
+
+
+class Prefixes(Protocol):
+    """What the engine knows of how requests begin."""
+
+    def num_cached(self, request_id: str) -> int:
+        """Tokens of a request, about, that were computed alone and are in the cache."""
+
+    def alike(self, requests: Sequence[Waiting]) -> Sequence[Hashable]:
+        """What each begins with that another one begins with too; None: nothing."""
+
+    def remaining(self, rung: Rung, members: Sequence[Waiting]) -> int:
+        """Tokens of a composite that are not in the cache at its rung."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +115,7 @@ class StepPlanner:
         policy: which rungs a step may use; may be replaced between two steps.
         counts: what was planned since they were last taken, and cleared, by whoever reports them.
         drift: of the traffic from what the contract was calibrated for; None without one.
+        prefixes: None where the engine keeps none.
     """
 
     def __init__(
@@ -117,6 +136,7 @@ class StepPlanner:
         self.counts: Counts = Counter()
         self._chose_at_s = now_s
         self.drift = None if options.contract is None else Drift(options.contract)
+        self.prefixes: Prefixes | None = None
         self._lingering_since_s: float | None = None
         self._idle_since_s: float | None = None
 
@@ -195,6 +215,9 @@ class StepPlanner:
             self.counts["us", "linger"] += round(1e6 * (now_s - self._lingering_since_s))
         self._lingering_since_s = None
         lengths = [request.num_tokens for request in window]
+        tokens_of, known = None, self.prefixes
+        if known is not None:
+            tokens_of = lambda entry: known.remaining(entry[0], [window[i] for i in entry[1]])  # noqa: E731
         packed = first_of(
             self._pack(window, rungs),
             lengths,
@@ -202,6 +225,7 @@ class StepPlanner:
             self.budgets.max_tokens,
             free_requests,
             self._fresh(window, now_s),
+            tokens_of,
         )
         return Step(rungs, tuple((rung, tuple(window[i] for i in group)) for rung, group in packed))
 
@@ -247,6 +271,10 @@ class StepPlanner:
         """All that waits, its lengths judged by the window's."""
         rate = self.arrivals.update(now_s)
         tokens = sum(request.num_tokens for request in window) / max(1, len(window))
+        if window and self.prefixes is not None:
+            sample = window[:: -(-len(window) // SAMPLE)]
+            cached = sum(self.prefixes.num_cached(request.id) for request in sample)
+            tokens *= 1 - cached / sum(request.num_tokens for request in sample)
         return Backlog(num_waiting, num_waiting * tokens, rate)
 
     def _lingers(self, window: Sequence[Waiting], rungs: tuple[Rung, ...], now_s: float) -> bool:
@@ -267,7 +295,9 @@ class StepPlanner:
     def _pack(
         self, requests: Sequence[Waiting], rungs: tuple[Rung, ...]
     ) -> list[tuple[Rung, tuple[int, ...]]]:
-        most = self.budgets.max_tokens
+        most, prefixes = self.budgets.max_tokens, None
+        if self.prefixes is not None and any(rung.mux > 1 for rung in rungs):
+            prefixes = self.prefixes.alike(requests)
         return pack_rungs(
             [request.num_tokens for request in requests],
             rungs,
@@ -275,12 +305,13 @@ class StepPlanner:
             self._domains(requests),
             {i for i, r in enumerate(requests) if r.exact or r.num_tokens > most},
             most,
+            prefixes,
         )
 
     def _alone_because(self, request: Waiting) -> str:
         """Why it never shares, whoever waits; empty if it may."""
-        if request.exact:
-            return "exact"
+        if request.exact or request.fills:
+            return "exact" if request.exact else "prefix"
         return "long" if request.num_tokens > self.budgets.max_tokens else ""
 
     def _domains(self, requests: Sequence[Waiting]) -> list[Hashable]:

@@ -19,16 +19,26 @@ class StandIn:
 
     def __init__(self, name: str, log: list[Any], model: Path, options: dict[str, Any]) -> None:
         self.name, self.log, self.options = name, log, options
+        self.asked: set[Any] = set()
         log.append((name, "started", Path(model)))
 
     def run_at(self, rungs: Rung | tuple[Rung, ...]) -> None:
         self.log.append((self.name, "at", rungs))
 
-    def classify(self, prompts: list[list[int]]) -> None:
-        assert all(prompts)
+    def classify(self, prompts: list[list[int]], salts: list[str]) -> None:
+        self.ask(prompts, salts[0])
+        assert len(salts) == len(prompts)
 
-    def seconds(self, prompts: list[list[int]]) -> float:
+    def seconds(self, prompts: list[list[int]], salt: str) -> float:
+        self.ask(prompts, salt)
         return 2.0
+
+    def ask(self, prompts: list[list[int]], salt: str) -> None:
+        for prompt in prompts[:1]:
+            asked = salt, tuple(prompt)
+            assert asked not in self.asked, "a round that is answered from the cache"
+            self.asked.add(asked)
+        self.prompts = prompts
 
     def close(self) -> None:
         self.log.append((self.name, "closed", None))
@@ -37,12 +47,14 @@ class StandIn:
 @pytest.fixture
 def engines(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """What both engines did, in order, and the options that they were started with."""
-    found = SimpleNamespace(log=[], options={})
+    found = SimpleNamespace(log=[], options={}, asked=[])
 
     def make(name: str) -> Callable[..., StandIn]:
         def start(model: Path, **options: Any) -> StandIn:
             found.options[name] = options
-            return StandIn(name, found.log, model, options)
+            made = StandIn(name, found.log, model, options)
+            found.asked.append((name, made.asked))
+            return made
 
         return start
 
@@ -72,7 +84,6 @@ def test_the_baseline_is_plain_vllm(tiny_checkpoint: Path, engines: SimpleNamesp
     assert engines.options["plain"] == common | {
         "hf_overrides": {"architectures": ["LlamaForSequenceClassification"]},
         "kv_cache_memory_bytes": 1 << 30,
-        "enable_prefix_caching": False,
     }
     assert engines.log[-2:] == [("plain", "closed", None), ("ours", "closed", None)]
 
@@ -119,3 +130,14 @@ def test_an_engine_that_does_not_start_is_told_and_the_other_is_closed(
     assert "plain vLLM ended with status 1" in result.output
     assert "Traceback" not in result.output
     assert engines.log == [("ours", "started", tiny_checkpoint), ("ours", "closed", None)]
+
+
+def test_a_shared_prefix_is_all_that_rounds_have_in_common(
+    tiny_checkpoint: Path, engines: SimpleNamespace
+) -> None:
+    report = measured(f"{tiny_checkpoint} --rungs mux:4 --lengths fixed:12 --shared-prefix 20")
+    assert (report["shared_prefix"], report["mean_tokens"]) == (20, 32)
+    assert engines.options["plain"]["max_model_len"] == 32
+    for _, asked in engines.asked:
+        assert len({prompt[:20] for _, prompt in asked}) == 1
+        assert len({prompt[20] for _, prompt in asked}) > 1

@@ -5,9 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lone_scheduler import BLOCK_TOKENS
 from vllm import PoolingParams
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
+from vllm.utils.hashing import sha256
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 
@@ -33,10 +36,18 @@ def vllm_config(folder: Path, priority: bool = False, **options: Any) -> VllmCon
     ).create_engine_config()
 
 
-def request(name: str, length: int, salt: str | None = None, priority: int = 0) -> Request:
+init_none_hash(sha256)
+
+
+def request(
+    name: str, prompt: int | list[int], salt: str | None = None, priority: int = 0
+) -> Request:
+    """A prompt of these tokens, or of so many that are like no other's."""
+    ids = prompt if isinstance(prompt, list) else [1000 + int(name)] * prompt
     return Request(
         request_id=name,
-        prompt_token_ids=[7] * length,
+        prompt_token_ids=ids,
+        block_hasher=get_request_block_hasher(BLOCK_TOKENS, sha256),
         sampling_params=None,
         pooling_params=PoolingParams(task="classify"),
         cache_salt=salt,

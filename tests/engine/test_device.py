@@ -1,5 +1,6 @@
 """What a GPU would punish, without a GPU: waiting for the device, padded rows, shared memory."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,6 +22,7 @@ from revmux_vllm.engine.attention import composite_metadata
 from revmux_vllm.engine.graphs import UpperGraphs, choose_capture_sizes
 from revmux_vllm.engine.layout import make_layout
 from revmux_vllm.engine.models.base import Layout, RevMuxForSequenceClassification
+from revmux_vllm.engine.prefixes import RowBlocks, on_device
 from revmux_vllm.engine.transfer import sent
 from revmux_vllm.rungs import Ends, Rung, parse_rungs
 
@@ -113,14 +115,22 @@ def run(model: Model, groups: Any, mode: CUDAGraphMode, size: int = NUM_TOKENS) 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_step_asks_the_device_for_nothing(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("cached", [None, 0, 8])
+def test_a_step_asks_the_device_for_nothing(dtype: torch.dtype, cached: int | None) -> None:
     """Tensors without values: whatever would wait for one (``item``, a mask) raises here.
 
     In place of fake CUDA tensors, which a CPU build of torch cannot index.
     """
     meta = torch.device("meta")
     model = Model(adapter_dtype=dtype).to("meta")
-    layout = sent(make_layout(GROUPS, STARTS, ENDS), meta)
+    if cached is None:
+        layout = sent(make_layout(GROUPS, STARTS, ENDS), meta)
+    else:
+        model.tail, model.cache_config = 1, SimpleNamespace(num_gpu_blocks=64, block_size=4)
+        computed = np.full(len(LENGTHS), cached)
+        made = sent(make_layout(GROUPS, STARTS, ENDS, computed, RowBlocks(4, 1)), meta)
+        table = torch.zeros(len(LENGTHS), 8, dtype=torch.int32, device=meta)
+        layout = replace(made, paging=on_device(made.paging, table))
     ids = torch.zeros(NUM_TOKENS, dtype=torch.int64, device=meta)
     with override_forward_context(context_of(layout, CUDAGraphMode.NONE, NUM_TOKENS)):
         out = model(ids, ids)

@@ -140,11 +140,13 @@ def test_layers_of_several_kinds_are_refused(tmp_path: Path) -> None:
 
 
 def test_no_flags_are_needed(tiny_checkpoint: Path) -> None:
-    """A decoder takes steps as long as plain vLLM's; prefixes are not cached, asked for or not."""
-    for options in ({}, {"enable_prefix_caching": True}):
+    """A decoder takes steps as long as plain vLLM's, and shares prefixes unless told otherwise."""
+    for options in ({}, {"enable_prefix_caching": True}, {"enable_prefix_caching": False}):
         config = configure(tiny_checkpoint, **options)
         assert config.scheduler_config.enable_chunked_prefill
-        assert not config.cache_config.enable_prefix_caching
+        cache = config.cache_config
+        assert cache.enable_prefix_caching is options.get("enable_prefix_caching", True)
+        assert cache.block_size == (32 if cache.enable_prefix_caching else 128)
         assert config.scheduler_config.get_scheduler_cls().__name__ == "RevMuxScheduler"
         assert config.parallel_config.worker_cls.endswith("RevMuxWorker")
         assert 0 < config.cache_config.kv_cache_memory_bytes < 1 << 30

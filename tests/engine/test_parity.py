@@ -5,6 +5,7 @@ grouping, stream, position, page or slot cannot hide.
 """
 
 import os
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from conftest import ByCrowd, RecordingEngine, make_tiny_checkpoint, random_prom
 from contracts import UNDER_CONTRACT, Promised, check_contract, check_shadows
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
-from word_tokenizers import word_tokenizer
+from word_tokenizers import VOCAB_SIZE, word_tokenizer
 
 from revmux_vllm import checkpoint
 from revmux_vllm.backbones.loading import load_backbone
@@ -37,11 +38,25 @@ def reference_of(folder: Path) -> Reference:
     return lambda *prompts_and_plan: classify(backbone, ladder, *prompts_and_plan).softmax(-1)
 
 
+def sharing_prompts(seed: int, count: int) -> list[list[int]]:
+    """Texts of which most begin with one of three prefixes, some of them with a part of one."""
+    rng = random.Random(seed)
+    prefixes = [random.Random(i).choices(range(1, VOCAB_SIZE), k=230) for i in range(3)]
+    prompts = []
+    for _ in range(count):
+        prefix = rng.choice(prefixes)
+        shared = prefix[: rng.choice([0, 20, 32, 70, 96, 100, 192, 200, 230])]
+        own = [rng.randrange(1, VOCAB_SIZE) for _ in range(rng.choice([0, 1, 2, 9, 40, 70]))]
+        prompts.append([*shared, *own] or [5])
+    return prompts
+
+
 def check(
     engine: RecordingEngine,
     reference: Reference,
     kind: str,
     tolerance: float = FLOAT32_TOLERANCE,
+    make: Callable[[int, int], list[list[int]]] = random_prompts,
 ) -> None:
     """Engine and reference agree where the rungs ``kind`` and the backbone alone may run.
 
@@ -51,7 +66,7 @@ def check(
     wanted = kind.split(",") if kind else []
     engine.planner.policy = ByCrowd(parse_rungs(wanted))
     for seed, count in BATCHES:
-        prompts = random_prompts(seed, count)
+        prompts = make(seed, count)
         probs, groups, rungs = engine.answers(prompts)
         seen |= set(map(str, rungs))
         assert sorted(i for group in groups for i in group) == list(range(count))
@@ -135,6 +150,9 @@ def test_compiled(family: str, tmp_path: Path, make_engine: Callable[..., Record
     engine = make_engine(folder, enforce_eager=False, **UNDER_CONTRACT)
     for kind in (MUX, BOTH, MIXED, EXIT, STOPS, MERGED_STOPS):
         check(engine, reference, kind)
+    for kind in (MUX, MERGE):  # most of them behind a prefix
+        check(engine, reference, kind, make=sharing_prompts)
+    assert engine.cached_tokens
     check_contract(engine, promised)
 
 
@@ -234,6 +252,10 @@ def test_tensor_parallel(
     engine = make_engine(folder, tensor_parallel_size=2, **UNDER_CONTRACT)
     for kind in (MUX, BOTH):  # partial sums of two workers round elsewhere
         check(engine, reference, kind, 2 * FLOAT32_TOLERANCE)
+    if family == "llama":
+        for kind in (MUX, MERGE):
+            check(engine, reference, kind, 2 * FLOAT32_TOLERANCE, sharing_prompts)
+        assert engine.cached_tokens
     check_contract(engine, promised, tolerance=2 * FLOAT32_TOLERANCE)
 
 

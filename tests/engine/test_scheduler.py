@@ -25,6 +25,7 @@ from stepping import (
     MAX_REQUESTS,
     MAX_TOKENS,
     NUM_BLOCKS,
+    computed_tokens,
     drain,
     request,
     run_model,
@@ -105,7 +106,8 @@ class Traffic(RuleBasedStateMachine):
         assert sorted(members) == sorted(scheduled), "every member once, nobody else"
         for rung, group in zip(output.mux_plan.rungs, output.mux_plan.groups, strict=True):
             requests = [self.known[name] for name in group]
-            if any(scheduled[r.request_id] < r.num_tokens for r in requests):
+            before = computed_tokens(output)
+            if any(before[r.request_id] + scheduled[r.request_id] < r.num_tokens for r in requests):
                 assert output.has_chunks
                 assert output.mux_plan.all_alone
                 assert len(scheduled) == 1, "nobody beside a chunk"

@@ -168,7 +168,7 @@ def server(folder: Path) -> Iterator[LocalServer]:
 
 @pytest.mark.timeout(0)  # it lasts as long as it is told to; every request has a limit of its own
 def test_soak(server: LocalServer, folder: Path, request: pytest.FixtureRequest) -> None:
-    known = Known(folder, NUM_TEXTS)
+    known = Known(folder, NUM_TEXTS, prefixed=0.5)
     for width in (2, 4):
         apart = (known.probabilities[width] - known.probabilities[1]).abs().amax(-1)
         assert apart.min() > PACKED_ANSWER, "a probe's answer no longer tells that it was packed"

@@ -77,6 +77,14 @@ def test_the_routes_are_vllms(server: LocalServer, known: Known) -> None:
     assert len(pooled.json()["data"][0]["data"]) == 256
 
 
+def test_what_is_nested_too_deep_ends_no_replica(server: LocalServer) -> None:
+    deep = "[" * 100_000 + "1" + "]" * 100_000
+    body, headers = f'{{"model": "known", "input": {deep}}}', {"content-type": "application/json"}
+    answer = httpx.post(f"{server.base_url}/classify", content=body, headers=headers, timeout=60)
+    assert 400 <= answer.status_code < 500, answer.text
+    assert len(replicas(server)) == 2
+
+
 BAD: dict[str, tuple[int, dict[str, Any]]] = {
     "no input": (400, {"json": {"model": "known"}}),
     "a number": (400, {"json": {"model": "known", "input": 5}}),
@@ -84,6 +92,7 @@ BAD: dict[str, tuple[int, dict[str, Any]]] = {
     "unknown model": (404, {"json": {"model": "nobody", "input": "w5"}}),
     "not JSON": (400, {"content": b"{", "headers": {"content-type": "application/json"}}),
     "half a megabyte": (400, {"json": {"model": "known", "input": "w5 " * 175_000}}),
+    "too many texts": (413, {"json": {"model": "known", "input": ["w5"] * 100_000}}),
 }
 
 

@@ -39,6 +39,7 @@ from revmux_vllm.engine.model_config import served_options
 from revmux_vllm.engine.model_state import model_state_class
 from revmux_vllm.engine.models.names import BackboneNames
 from revmux_vllm.engine.models.parts import adapter_dtype, classify_pooler
+from revmux_vllm.engine.prefixes import PrefixStates
 from revmux_vllm.engine.stages import DEMULTIPLEX, LOWER, MULTIPLEX, UPPER, clock
 from revmux_vllm.engine.transfer import sent
 from revmux_vllm.families import family_of
@@ -66,6 +67,8 @@ class RevMuxForSequenceClassification(nn.Module, SupportsQuant, ABC):
         words_scale: see ``LabelWords``.
         reads_sequences: whether the layout is needed also where all run alone.
         contract: by which busy steps let sequences leave; or None.
+        prefixes: what prefixes in the cache leave beside keys and values; None before the first
+            step, and where no prefixes are kept.
     """
 
     is_pooling_model: ClassVar[bool] = True
@@ -79,6 +82,7 @@ class RevMuxForSequenceClassification(nn.Module, SupportsQuant, ABC):
     embeddings_name: ClassVar[str] = ""
     words_scale = 1.0
     reads_sequences = False
+    prefixes: PrefixStates | None = None
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
@@ -95,15 +99,22 @@ class RevMuxForSequenceClassification(nn.Module, SupportsQuant, ABC):
         self.ends, self.has_kv_cache = family.ends, family.has_kv_cache
         stops = {rung.stop for rung in self.revmux.rungs if rung.stop}
         self.bounds = [self.revmux.prefill_layers, *sorted(stops), self.num_layers]
+        options = served_options(vllm_config)
+        self.contract, self.shadow_rate = options.contract, options.shadow_rate
+        self.cache_config = vllm_config.cache_config
+        tail = None
+        if self.cache_config.enable_prefix_caching and self.has_kv_cache:
+            tail = max((rung.shortening for rung in self.revmux.rungs), default=1) - 1
+            # A contract's sequences begin behind prefixes that others computed alone.
+            self.reads_sequences = self.contract is not None
+        self.tail = tail
         self.upper_layer_names: dict[int, list[str]] = {}
         for first, attentions in zip(self.bounds, self.build(vllm_config), strict=False):
             for attention in attentions:
                 attention.attn_backend = composite_attention_backend(
-                    attention.attn_backend, first, self.ends, self.reads_sequences
+                    attention.attn_backend, first, self.ends, self.reads_sequences, tail
                 )
             self.upper_layer_names[first] = [attention.layer_name for attention in attentions]
-        options = served_options(vllm_config)
-        self.contract, self.shadow_rate = options.contract, options.shadow_rate
         self.shadow_draws = np.random.default_rng(0)
         self.trusts: list[tuple[Tensor, Tensor]] = []
         most = vllm_config.compilation_config.max_cudagraph_capture_size or 0
@@ -192,9 +203,14 @@ class RevMuxForSequenceClassification(nn.Module, SupportsQuant, ABC):
         self.set_token_type_ids(input_ids, token_type_ids, layout)
         hidden = self.run_lower(input_ids, positions, layout)
         clock.mark(LOWER)
+        if layout is not None and layout.paging is not None:
+            self.keep_prefixes(hidden, layout)
         if layout is None or not layout.rungs:
             for part in range(len(self.bounds) - 1):
                 hidden = self.run_segment(part, hidden, positions, layout)
+                if layout is not None and self.prefixes is not None and layout.paging is not None:
+                    tokens = hidden[: layout.num_tokens]
+                    self.prefixes.add_tokens(self.bounds[part + 1], tokens, layout.paging)
             clock.mark(UPPER)
             clock.finish(len(hidden), len(hidden))
             return hidden
@@ -230,6 +246,21 @@ class RevMuxForSequenceClassification(nn.Module, SupportsQuant, ABC):
         hidden: Tensor = self.lower(input_ids, positions)
         return hidden
 
+    def keep_prefixes(self, hidden: Tensor, layout: Layout) -> None:
+        """Of the tokens at the cut (num_tokens, D), what others who begin with them will need."""
+        paging = layout.paging
+        assert paging is not None
+        assert self.tail is not None
+        if self.prefixes is None:
+            blocks = self.cache_config.num_gpu_blocks
+            assert blocks is not None
+            # Attention may see a block of the cache as several of its own.
+            blocks *= self.cache_config.block_size // paging.size
+            self.prefixes = PrefixStates(blocks, hidden, self.bounds[:-1], self.tail)
+        tokens = hidden[: layout.num_tokens]
+        self.prefixes.add_tokens(self.bounds[0], tokens, paging)
+        self.prefixes.keep_tails(tokens, paging)
+
     def run_upper(
         self, rows: Tensor, layout: Layout, read: list[Tensor | None]
     ) -> tuple[Tensor, float]:
@@ -250,21 +281,30 @@ class RevMuxForSequenceClassification(nn.Module, SupportsQuant, ABC):
                 break
             rows = self.run_segment(part, rows[:num_rows], layout.positions[:num_rows], layout)
             row_layers += num_rows * (last - first)
+            if self.prefixes is not None and layout.paging is not None:
+                self.prefixes.add_rows(last, rows, layout.paging)
             # At once, since the graphs of the next part write where this one's rows are.
             for place, rung_layout in enumerate(layout.rungs):
                 ends_here = (rung_layout.rung.stop or self.num_layers) == last
                 if ends_here:
-                    read[place] = self.read_off(rows, rung_layout, layout)
+                    read[place] = self.read_off(rows, rung_layout, layout, last)
         return rows[: len(layout.alone)], row_layers / (self.num_layers - self.bounds[0])
 
-    def read_off(self, rows: Tensor, part: RungLayout[Tensor], layout: Layout) -> Tensor | None:
-        """Where the members of a rung are read: (M, D), (M, 2, D) where ``Rung.reads_state``, None
-        where no upper layer ran."""
+    def read_off(
+        self, rows: Tensor, part: RungLayout[Tensor], layout: Layout, layer: int
+    ) -> Tensor | None:
+        """Where the members of a rung are read after ``layer``: (M, D), (M, 2, D) where
+        ``Rung.reads_state``, None where no upper layer ran."""
         if part.read_at is None:
             return None
-        if part.rung.reads_state:
-            return layout.state(rows, part.read_at, part.first_group, self.adapter_dtype)
-        return rows[part.read_at]
+        if not part.rung.reads_state:
+            return rows[part.read_at]
+        before = None
+        if self.prefixes is not None and layout.paging is not None:
+            first = part.first_group
+            before = self.prefixes.before_rows(layer, layout.paging)
+            before = before[first : first + len(part.read_at)]
+        return layout.state(rows, part.read_at, part.first_group, self.adapter_dtype, before)
 
     def leaving(self, layout: Layout, skip: Tensor, rows: Tensor) -> Leaving:
         """The sequences of a step that are under the contract."""
@@ -292,6 +332,8 @@ class RevMuxForSequenceClassification(nn.Module, SupportsQuant, ABC):
                 enter_with_fewer(names, leaving.layout, self.upper_graphs.padded_size)
             rows = self.run_segment(part, rows, leaving.layout.positions, leaving.layout)
             row_layers += len(rows) * (last - first)
+            if self.prefixes is not None and whole.paging is not None:
+                self.prefixes.add_rows(last, rows[: len(whole.alone)], whole.paging)
         return leaving.end(rows), row_layers / (self.num_layers - self.bounds[0])
 
     def run_segment(
@@ -308,11 +350,16 @@ class RevMuxForSequenceClassification(nn.Module, SupportsQuant, ABC):
         """What the lower layers know of every sequence (B, 2, D): its pooled row, and the mean."""
         tokens = hidden[: layout.num_tokens]
         speaks, starts = layout.pooled_token, layout.sequence_starts
-        return pooled_and_mean(tokens, speaks, starts, self.adapter_dtype)
+        cached = None
+        if self.prefixes is not None and (paging := layout.paging) is not None:
+            cached = self.prefixes.before_tokens(self.bounds[0], paging), paging.lengths
+        return pooled_and_mean(tokens, speaks, starts, self.adapter_dtype, cached)
 
     def multiplex(self, hidden: Tensor, layout: Layout) -> Tensor:
         """Token rows (num_tokens, D) to upper rows (U, D)."""
         parts = [hidden[layout.alone]]
+        if self.prefixes is not None and layout.paging is not None:
+            hidden = self.prefixes.with_tails(hidden[: layout.num_tokens], layout.paging)
         converted = hidden.to(self.adapter_dtype)
         for part in layout.rungs:
             if part.rung.sure:
@@ -356,7 +403,7 @@ class RevMuxForSequenceClassification(nn.Module, SupportsQuant, ABC):
             hidden = self.upper_graphs.rows.new_zeros(int(starts[-1]), self.hidden_size)
             skip = self.skip_state(hidden, there)
             rows = self.multiplex(hidden, there) if there.num_rows else hidden[:0]
-            read = [self.read_off(rows, there.rungs[0], there)]
+            read = [self.read_off(rows, there.rungs[0], there, rung.stop)]
             self.demultiplex(hidden[:0], read, skip, len(hidden), there)
 
     def get_model_state_cls(self) -> type[Any]:
