@@ -32,7 +32,7 @@ def pytest_configure() -> None:
 
 @contextmanager
 def on_all_cores() -> Iterator[None]:
-    """What is started here is not kept to this worker's cores.
+    """This worker, and what it starts, is not kept to its own cores.
 
     On one core whoever is told that an answer begins runs before the rest of it is sent, so a front
     that is killed is likelier to leave half an answer, which nobody can mend.

@@ -212,9 +212,9 @@ def fresh(prompts: Prompts, shared_prefix: int, number: int) -> tuple[Prompts, s
     """
     if not shared_prefix:
         return prompts, f"round {number}"
-    own = [list(prompt) for prompt in prompts]
+    own, words = [list(prompt) for prompt in prompts], sorted(set(prompts[0]))
     for prompt in own:
-        prompt[shared_prefix] = prompts[0][number % len(prompts[0])]
+        prompt[shared_prefix] = words[number % len(words)]
     return own, "bench"
 
 

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 logger = init_logger("vllm.revmux")
+MOST_MERGED = 17
+"""Tokens of a row: all but one may lie before the end of a prefix, in its last block of 16."""
 _with_template: set[Any] = set()
 """Classes of models that were told in this process how the text of a pair is made."""
 
@@ -106,9 +108,17 @@ def _offer_score_template(vllm_config: "VllmConfig") -> None:
 def _keep_prefixes(vllm_config: "VllmConfig") -> None:
     """Prefix caching as vLLM has it, but where a window would leave holes in a prefix."""
     cache, hf_config = vllm_config.cache_config, vllm_config.model_config.hf_config
-    if cache.enable_prefix_caching and getattr(hf_config, "sliding_window", None):
+    if not cache.enable_prefix_caching:
+        return
+    rungs = RevMuxConfig.from_dict(hf_config.revmux).rungs
+    because = None
+    if getattr(hf_config, "sliding_window", None):
+        because = "attention has a sliding window"
+    elif max((rung.shortening for rung in rungs), default=1) > MOST_MERGED:
+        because = f"more than {MOST_MERGED} tokens become one row"
+    if because is not None:
         cache.enable_prefix_caching = False
-        logger.info("RevMUX: prefix caching is off, because attention has a sliding window")
+        logger.info("RevMUX: prefix caching is off, because %s", because)
 
 
 def _cap_length(vllm_config: "VllmConfig") -> None:

@@ -102,8 +102,8 @@ def _refused_caching(vllm_config: "VllmConfig") -> Iterator[str]:
         )
     if cache.kv_offloading_size is not None:
         yield (
-            f"--kv-offloading-size {cache.kv_offloading_size:g}: nothing in the KV cache outlives "
-            f"its request; {_LEAVE_OUT}"
+            f"--kv-offloading-size {cache.kv_offloading_size:g}: what the KV cache keeps "
+            f"of a prompt depends on its rung; {_LEAVE_OUT}"
         )
     encodings = vllm_config.ec_transfer_config
     if encodings is not None and encodings.ec_connector is not None:

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import chain, takewhile
+from itertools import chain, count, takewhile
 from typing import Any
 
 from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock
@@ -31,6 +31,7 @@ from revmux_vllm.planning.packing import MuxPlan
 from revmux_vllm.planning.planner import Composite, Step, Waiting
 from revmux_vllm.rungs import Rung
 
+_numbers = count()
 NAMES = 1 << 16
 """That are remembered, and not made anew."""
 GROUPS = [0]
@@ -119,6 +120,8 @@ class SharedBlocks:
             whole = common // factor * factor
             ends = [first[i + factor - 1] for i in range(0, whole, factor)]
             names = [name_of(rung, end, i) for end in ends for i in range(factor)]
+        if any(member.skip_reading_prefix_cache for member in members):
+            return Prefix(names, 0, is_clean=False)
         found = sum(1 for _ in takewhile(self._block, names))
         hit = found // factor * factor
         return Prefix(names, hit, found == hit)
@@ -169,8 +172,7 @@ class SharedBlocks:
             for member in members:
                 shared = prefix.names if leaves and member is members[0] else new[:0]
                 shared = shared or prefix.names[: prefix.hit]
-                rest = range(len(shared), len(member.block_hashes))
-                own = [_private(member.request_id, i) for i in rest]
+                own = [_private() for _ in member.block_hashes[len(shared) :]]
                 member.block_hashes = [*shared, *own]
 
     def _with_fillers(self, step: Step) -> Iterator[Composite]:
@@ -208,6 +210,6 @@ def name_of(rung: Rung, end: BlockHash, place: int) -> BlockHash:
     return BlockHash(hashlib.sha256(f"{rung} {place} ".encode() + end).digest())
 
 
-def _private(request_id: str, place: int) -> BlockHash:
+def _private() -> BlockHash:
     """Of a block that nobody else may find."""
-    return BlockHash(hashlib.sha256(f"of {request_id} {place}".encode()).digest())
+    return BlockHash(hashlib.sha256(f"private {next(_numbers)}".encode()).digest())

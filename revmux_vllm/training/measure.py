@@ -259,6 +259,7 @@ def engine_answers(
         max_model_len=longest,
         max_num_seqs=window,
         max_num_batched_tokens=window * longest,
+        enable_prefix_caching=False,  # partners as ``pack`` chooses them
     )
 
     def probabilities(rung: Rung, groups: Groups, parts: Sequence[Any]) -> Tensor:

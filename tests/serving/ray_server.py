@@ -7,7 +7,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +32,7 @@ def serving(folder: Path, *options: str, wait_s: float = 300) -> Iterator[LocalS
     """The checkpoint behind Ray Serve, ready; every composite is as wide as it can be."""
     extra = ("--vllm-args", VLLM_ARGS, *options)
     env = os.environ | {"RAY_USAGE_STATS_ENABLED": "0", "VLLM_LOGGING_LEVEL": "WARNING"}
-    server = LocalServer(folder, extra, env, start=RAY)
-    with ExitStack() as stack:
-        with on_all_cores():
-            stack.enter_context(server)
+    with on_all_cores(), LocalServer(folder, extra, env, start=RAY) as server:
         server.wait_ready(wait_s)
         yield server
 
