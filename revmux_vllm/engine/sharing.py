@@ -108,11 +108,8 @@ class SharedBlocks:
     def find(self, rung: Rung, members: Sequence[Request]) -> Prefix:
         """What of the members' prefix is in the cache."""
         first, *others = [member.block_hashes for member in members]
-        longest = min(member.num_tokens - 1 for member in members) // self._size
-        common = sum(
-            1
-            for _ in takewhile(lambda i: all(own[i] == first[i] for own in others), range(longest))
-        )
+        longest = range(min(member.num_tokens - 1 for member in members) // self._size)
+        common = len(list(takewhile(lambda i: all(own[i] == first[i] for own in others), longest)))
         factor = rung.shortening
         if rung == Rung() or rung.sure:
             names = first[:common]
@@ -122,7 +119,7 @@ class SharedBlocks:
             names = [name_of(rung, end, i) for end in ends for i in range(factor)]
         if any(member.skip_reading_prefix_cache for member in members):
             return Prefix(names, 0, is_clean=False)
-        found = sum(1 for _ in takewhile(self._block, names))
+        found = len(list(takewhile(self._block, names)))
         hit = found // factor * factor
         return Prefix(names, hit, found == hit)
 
@@ -170,8 +167,8 @@ class SharedBlocks:
                 leaves = leaves and entering.isdisjoint(new)
                 entering.update(new)
             for member in members:
-                shared = prefix.names if leaves and member is members[0] else new[:0]
-                shared = shared or prefix.names[: prefix.hit]
+                is_left = leaves and member is members[0]
+                shared = prefix.names if is_left else prefix.names[: prefix.hit]
                 own = [_private() for _ in member.block_hashes[len(shared) :]]
                 member.block_hashes = [*shared, *own]
 

@@ -215,9 +215,14 @@ class StepPlanner:
             self.counts["us", "linger"] += round(1e6 * (now_s - self._lingering_since_s))
         self._lingering_since_s = None
         lengths = [request.num_tokens for request in window]
-        tokens_of, known = None, self.prefixes
-        if known is not None:
-            tokens_of = lambda entry: known.remaining(entry[0], [window[i] for i in entry[1]])  # noqa: E731
+
+        def remaining(entry: tuple[Rung, tuple[int, ...]]) -> int:
+            rung, group = entry
+            members = [window[i] for i in group]
+            if self.prefixes is None:
+                return sum(request.num_tokens for request in members)
+            return self.prefixes.remaining(rung, members)
+
         packed = first_of(
             self._pack(window, rungs),
             lengths,
@@ -225,7 +230,7 @@ class StepPlanner:
             self.budgets.max_tokens,
             free_requests,
             self._fresh(window, now_s),
-            tokens_of,
+            remaining,
         )
         return Step(rungs, tuple((rung, tuple(window[i] for i in group)) for rung, group in packed))
 
