@@ -16,20 +16,28 @@ from revmux_vllm.backbones.base import Backbone, inside
 from revmux_vllm.rungs import Ends, Rung
 
 
-def skip_state(hidden: Tensor, lengths: Tensor, position: Tensor) -> Tensor:
+def skip_state(
+    hidden: Tensor, lengths: Tensor, position: Tensor, before: Tensor | None = None
+) -> Tensor:
     """What the prefill layers know of each sequence: its pooled row, and the mean over its tokens.
 
     Args:
         hidden: (B, T, D), right-padded.
         lengths: (B,) int64.
         position: (B,) int64, the pooled row (``Backbone.pooled_position``).
+        before: (1, P, D), what all sequences begin with and ``hidden`` has not; ``lengths`` and
+            ``position`` count it.
 
     Returns:
         (B, 2, D)
     """
-    tokens = inside(lengths, hidden.shape[1]).unsqueeze(-1)  # (B, T, 1)
-    mean = ((hidden.float() * tokens).sum(1) / lengths[:, None]).to(hidden.dtype)
-    return torch.stack([rows_at(hidden, position), mean], dim=1)
+    first = 0 if before is None else before.shape[1]
+    tokens = inside(lengths - first, hidden.shape[1]).unsqueeze(-1)  # (B, T, 1)
+    total = (hidden.float() * tokens).sum(1)
+    if before is not None:
+        total = total + before.float().sum(1)
+    mean = (total / lengths[:, None]).to(hidden.dtype)
+    return torch.stack([rows_at(hidden, position - first), mean], dim=1)
 
 
 def rows_at(hidden: Tensor, position: Tensor) -> Tensor:
@@ -62,7 +70,11 @@ class Passed:
 
 
 def run_path(
-    backbone: Backbone, adapters: Sequence[RungAdapter], hidden: Tensor, lengths: Tensor
+    backbone: Backbone,
+    adapters: Sequence[RungAdapter],
+    hidden: Tensor,
+    lengths: Tensor,
+    shared: int = 0,
 ) -> Passed:
     """Run G composites through the upper layers, as far as any of the rungs of a path needs.
 
@@ -71,6 +83,8 @@ def run_path(
         adapters: of the rungs; their path is one.
         hidden: (G, N, T, D) after the prefill layers, right-padded.
         lengths: (G, N) int64, the longest first.
+        shared: so many tokens all sequences begin with, and all have more; of a causal backbone.
+            Their upper rows run once.
     """
     rung, path = adapters[0].rung, adapters[0].path
     num_groups, width = lengths.shape
@@ -79,60 +93,98 @@ def run_path(
     stream = torch.arange(width, device=lengths.device).repeat(num_groups)
     if rung.exit:
         return Passed({}, stream, skip, None)
-    rows, positions = hidden, None
+    tokens, positions = None, None
     if rung.shortening > 1:
-        merged, flat, positions = merge(backbone, path, rung.shortening, rows.flatten(0, 1), flat)
-        rows = merged.unflatten(0, lengths.shape)
-        positions = positions.unflatten(0, lengths.shape)[:, 0]
-    rows, streams = multiplex(path, rows, flat, backbone.ends)
-    carriers = flat.view_as(lengths)[:, 0]
+        tokens, flat = merged_tokens(flat, rung.shortening, backbone.ends)
+        # A merged row stands at the position of its last token.
+        positions = tokens.amax(-1).clamp(min=0).unflatten(0, lengths.shape)[:, 0]
+        tokens = tokens.unflatten(0, lengths.shape)
+    counts = flat.view_as(lengths)
+    split = whole_rows(shared, rung.shortening, backbone.ends)
+    rows, streams = upper_rows(path, hidden, counts, tokens, backbone.ends, split)
+    before: Tensor | None = None
+    if split:
+        before, _ = upper_rows(path, hidden[:1], counts[:1], tokens, backbone.ends, 0, split)
+    carriers = counts[:, 0]
     read_at: dict[int, Tensor] = {}
     layer = backbone.prefill_layers
     for stop in sorted({adapter.rung.stop for adapter in adapters}, key=lambda s: s or math.inf):
-        rows = backbone.between(rows, carriers, positions, layer, stop or backbone.num_layers)
+        until, cache = stop or backbone.num_layers, None
+        if before is not None:
+            cache, alike = backbone.prefix_cache(layer), carriers[:1] * 0 + split
+            its = None if positions is None else positions[:1, :split]
+            before = backbone.between(before, alike, its, layer, until, cache)
+        behind = None if positions is None else positions[:, split:]
+        rows = backbone.between(rows, carriers, behind, layer, until, cache)
         position = backbone.pooled_position(flat)
         if not stop:
             final, position = backbone.finish(rows, carriers), backbone.output_position(flat)
-            read_at[stop] = rows_at(final.repeat_interleave(width, 0), position)
+            read_at[stop] = rows_at(final.repeat_interleave(width, 0), position - split)
         elif width == 1:
-            read_at[stop] = skip_state(rows, flat, position)
+            read_at[stop] = skip_state(rows, flat, position, before)
         else:
-            read_at[stop] = rows_at(rows.repeat_interleave(width, 0), position)
+            read_at[stop] = rows_at(rows.repeat_interleave(width, 0), position - split)
         layer = stop
     return Passed(read_at, stream, skip, streams)
 
 
-def merge(
-    backbone: Backbone, path: Path, factor: int, hidden: Tensor, lengths: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``factor`` neighbouring rows of (B, T, D) merged: rows (B, R, D), rows (B,) of each, and
-    positions (B, R).
+def whole_rows(shared: int, factor: int, ends: Ends) -> int:
+    """Upper rows that belong to the first ``shared`` tokens of a longer sequence alone."""
+    first = ends.kept[0] if factor > 1 else 0
+    return max(0, shared - first) // factor + min(shared, first)
 
-    A merged row stands at the position of its last token.
+
+def upper_rows(
+    path: Path,
+    hidden: Tensor,
+    counts: Tensor,
+    tokens: Tensor | None,
+    ends: Ends,
+    first: int,
+    last: int | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Some rows (G, T', D) of composites, and their streams, merged and mixed.
+
+    Args:
+        path: of the rungs.
+        hidden: (G, N, T, D) after the prefill layers.
+        counts: (G, N) rows of every member.
+        tokens: (G, N, R, M) of which tokens rows are merged, as ``merged_tokens`` has them; None
+            where they are not.
+        ends: of the backbone.
+        first, last: rows, ``last`` not among them.
     """
-    tokens, num_rows = merged_tokens(lengths, factor, backbone.ends)
-    present = tokens >= 0  # (B, R, M)
-    sequence = torch.arange(len(hidden), device=hidden.device)[:, None]
-    rows = hidden[sequence, tokens.clamp(min=0).flatten(1)].unflatten(1, tokens.shape[1:])
+    rows = hidden[:, :, first:last]
+    if tokens is not None:
+        rows = merge(path, hidden, tokens[: len(hidden), :, first:last])
+    return multiplex(path, rows, counts.flatten(), ends, first)
+
+
+def merge(path: Path, hidden: Tensor, tokens: Tensor) -> Tensor:
+    """Neighbouring rows of (G, N, T, D) merged to (G, N, R, D), by ``tokens`` (G, N, R, M)."""
+    flat, members = tokens.flatten(0, 1), hidden.flatten(0, 1)
+    present = flat >= 0  # (B, R, M)
+    sequence = torch.arange(len(members), device=hidden.device)[:, None]
+    rows = members[sequence, flat.clamp(min=0).flatten(1)].unflatten(1, flat.shape[1:])
     # Behind a sequence there is nothing to merge; its first slot stands in.
     present[..., 0] = True
     merged = path.merge(rows.flatten(0, 1), present.flatten(0, 1))
-    return merged.unflatten(0, tokens.shape[:2]), num_rows, tokens.amax(-1).clamp(min=0)
+    return merged.view(*tokens.shape[:3], -1)
 
 
 def multiplex(
-    path: Path, rows: Tensor, lengths: Tensor, ends: Ends
+    path: Path, rows: Tensor, lengths: Tensor, ends: Ends, first: int = 0
 ) -> tuple[Tensor, Tensor | None]:
     """Composite rows (G, T', D), and their streams, from members' rows (G, N, T', D).
 
-    ``lengths`` (G*N,): rows of each member.
+    ``lengths`` (G*N,): rows of each member; ``first``: of them that are here.
     """
     num_groups, width, num_rows, hidden_size = rows.shape
-    present = inside(lengths, num_rows).view(num_groups, width, num_rows)
+    present = inside(lengths - first, num_rows).view(num_groups, width, num_rows)
     sinks = None
     if ends.has_sink:  # unless a member is read there, having no other row
         is_apart = lengths.view(num_groups, width).amin(1) > 1  # (G,)
-        is_first = torch.arange(num_rows, device=rows.device) == 0  # (T',)
+        is_first = torch.arange(num_rows, device=rows.device) == -first  # (T',)
         sinks = (is_apart[:, None] & is_first).flatten()
     mixed, streams = path.multiplex(
         rows.transpose(1, 2).reshape(-1, width, hidden_size),  # (G*T', N, D)
@@ -143,9 +195,11 @@ def multiplex(
     return mixed.unflatten(0, shape), None if streams is None else streams.unflatten(0, shape)
 
 
-def run_rung(backbone: Backbone, adapter: RungAdapter, hidden: Tensor, lengths: Tensor) -> Tensor:
+def run_rung(
+    backbone: Backbone, adapter: RungAdapter, hidden: Tensor, lengths: Tensor, shared: int = 0
+) -> Tensor:
     """The members' vectors (G, N, D) of G composites; arguments as for ``run_path``."""
-    return run_path(backbone, [adapter], hidden, lengths).read(adapter)
+    return run_path(backbone, [adapter], hidden, lengths, shared).read(adapter)
 
 
 @torch.no_grad()

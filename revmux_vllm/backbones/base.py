@@ -3,7 +3,7 @@
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -30,9 +30,12 @@ class Backbone(nn.Module, ABC):
         layers: the layers between which it can be cut, first to last.
         ends: which rows of a sequence are not like the others.
         problem: what its answers mean.
+        is_causal: the states of a token do not depend on what comes behind it, so those of a prefix
+            can be computed once for all sequences that begin with it.
     """
 
     layers: list[nn.Module]
+    is_causal: ClassVar[bool] = False
 
     def __init__(self, model: Any, prefill_layers: int, head: nn.Module | None) -> None:
         super().__init__()
@@ -60,14 +63,26 @@ class Backbone(nn.Module, ABC):
 
     @abstractmethod
     def lower(
-        self, input_ids: Tensor, lengths: Tensor, token_type_ids: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        lengths: Tensor,
+        token_type_ids: Tensor | None = None,
+        cache: Any = None,
     ) -> Tensor:
-        """Token ids (B, T) of sequences of ``lengths`` (B,) to prefill states (B, T, D)."""
+        """Token ids (B, T) of sequences of ``lengths`` (B,) to prefill states (B, T, D).
 
-    def upper(self, rows: Tensor, lengths: Tensor, positions: Tensor | None = None) -> Tensor:
+        ``cache``: see ``between``.
+        """
+
+    def upper(self, rows: Tensor, lengths: Tensor, cache: Any = None) -> Tensor:
         """Prefill states of sequences or composites to final states: ``between``, ``finish``."""
-        states = self.between(rows, lengths, positions, self.prefill_layers, self.num_layers)
+        last = self.num_layers
+        states = self.between(rows, lengths, None, self.prefill_layers, last, cache)
         return self.finish(states, lengths)
+
+    def prefix_cache(self, first: int) -> Any:
+        """An empty ``cache`` for some layers, the first of which is ``first``."""
+        raise NotImplementedError("only what is causal keeps prefixes")
 
     @property
     def dtype(self) -> torch.dtype:
@@ -75,7 +90,13 @@ class Backbone(nn.Module, ABC):
         return next(self.layers[0].parameters()).dtype
 
     def between(
-        self, rows: Tensor, lengths: Tensor, positions: Tensor | None, first: int, last: int
+        self,
+        rows: Tensor,
+        lengths: Tensor,
+        positions: Tensor | None,
+        first: int,
+        last: int,
+        cache: Any = None,
     ) -> Tensor:
         """Hidden states (G, T, D), of sequences or composites, through some of the layers.
 
@@ -85,13 +106,22 @@ class Backbone(nn.Module, ABC):
             positions: (G, T) of rows that are merged tokens; only a backbone whose every layer
                 knows absolute positions reads them. None: 0 to T - 1.
             first, last: layers, from 0, ``last`` not among them.
+            cache: of ``prefix_cache``, where sequences begin alike. The first pass, over the prefix
+                as one sequence, fills it; rows of all later ones stand behind these, and
+                ``lengths`` and ``positions`` count these too.
         """
-        passed = self._between(rows.to(self.dtype), lengths, positions, first, last)
+        passed = self._between(rows.to(self.dtype), lengths, positions, first, last, cache)
         return passed.to(rows.dtype)
 
     @abstractmethod
     def _between(
-        self, rows: Tensor, lengths: Tensor, positions: Tensor | None, first: int, last: int
+        self,
+        rows: Tensor,
+        lengths: Tensor,
+        positions: Tensor | None,
+        first: int,
+        last: int,
+        cache: Any,
     ) -> Tensor:
         """``between`` in the dtype of the layers."""
 

@@ -19,13 +19,23 @@ class EncoderBackbone(Backbone):
         self.encoder = trunk.encoder
 
     def lower(
-        self, input_ids: Tensor, lengths: Tensor, token_type_ids: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        lengths: Tensor,
+        token_type_ids: Tensor | None = None,
+        cache: Any = None,
     ) -> Tensor:
         rows = self.embeddings(input_ids=input_ids, token_type_ids=token_type_ids)
         return self.between(rows, lengths, None, 0, self.prefill_layers)
 
     def _between(
-        self, rows: Tensor, lengths: Tensor, positions: Tensor | None, first: int, last: int
+        self,
+        rows: Tensor,
+        lengths: Tensor,
+        positions: Tensor | None,
+        first: int,
+        last: int,
+        cache: Any = None,
     ) -> Tensor:
         encoder = shared_copy(self.encoder)
         encoder.layer = nn.ModuleList(self.layers[first:last])

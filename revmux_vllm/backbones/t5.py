@@ -22,14 +22,24 @@ class T5Backbone(Backbone):
         self.start_token = int(model.config.decoder_start_token_id)
 
     def lower(
-        self, input_ids: Tensor, lengths: Tensor, token_type_ids: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        lengths: Tensor,
+        token_type_ids: Tensor | None = None,
+        cache: Any = None,
     ) -> Tensor:
         mask = inside(lengths, input_ids.shape[1])
         encoder = self._layers(0, self.prefill_layers)
         return encoder(input_ids=input_ids, attention_mask=mask).last_hidden_state
 
     def _between(
-        self, rows: Tensor, lengths: Tensor, positions: Tensor | None, first: int, last: int
+        self,
+        rows: Tensor,
+        lengths: Tensor,
+        positions: Tensor | None,
+        first: int,
+        last: int,
+        cache: Any = None,
     ) -> Tensor:
         mask = inside(lengths, rows.shape[1])
         encoder = self._layers(first, last)

@@ -15,7 +15,11 @@ from typing import Any
 from vllm.logger import init_logger
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.core.sched.request_queue import RequestQueue, create_request_queue
+from vllm.v1.core.sched.request_queue import (
+    RequestQueue,
+    SchedulingPolicy,
+    create_request_queue,
+)
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.request import Request
@@ -125,9 +129,10 @@ class RevMuxScheduler(Scheduler):
 
     @contextmanager
     def _only(self, requests: Sequence[Request]) -> Iterator[None]:
-        """Show vLLM ``requests`` as all that waits; what it leaves returns to the front."""
+        """Show vLLM ``requests`` as all that waits, in this order, since one may begin behind what
+        another one leaves; what it does not take returns to the front."""
         held = self.waiting
-        self.waiting = create_request_queue(self.policy)
+        self.waiting = create_request_queue(SchedulingPolicy.FCFS)
         try:
             if requests:
                 held.remove_requests(requests)
@@ -143,8 +148,7 @@ class RevMuxScheduler(Scheduler):
     def add_request(self, request: Request) -> None:
         """vLLM's, counted for the rate of arrivals."""
         super().add_request(request)
-        cached = 0 if self._shared is None else self._shared.num_cached(request.request_id)
-        self.planner.arrive(request.num_tokens - cached)
+        self.planner.arrive(request.num_tokens, request.request_id)
 
     def update_from_output(
         self, scheduler_output: Any, model_runner_output: Any, *args: Any, **kwargs: Any
@@ -209,9 +213,9 @@ class RevMuxScheduler(Scheduler):
 
     def _now(self) -> dict[tuple[str, str], int]:
         """What waits, further chunks too, and what could be answered per second: tokens."""
-        waiting = sum(request.num_tokens for request in self.waiting)
+        waiting = self.planner.uncached * sum(request.num_tokens for request in self.waiting)
         waiting += sum(r.num_tokens - r.num_computed_tokens for r in self.running)
-        now = {"waiting": float(waiting), **self.planner.capacity()}
+        now = {"waiting": waiting, **self.planner.capacity()}
         if self.planner.drift is not None:
             now["drift"] = 100 * self.planner.drift.degree
         return {("now", key): round(tokens) for key, tokens in now.items()}

@@ -10,17 +10,18 @@ all composites of a rung only where all members begin with the same tokens, so:
 * what is under a contract takes what ran alone, and leaves nothing, for it may stop anywhere. So of
   those that begin alike, and find nothing, one runs alone.
 
-vLLM's own manager does all the rest: the names stand where it looks for the hashes of a request.
+What is left is there for all that come behind, in the same step too: a layer writes all rows of a
+step before it reads any. vLLM's own manager does all the rest: the names stand where it looks for
+the hashes of a request.
 """
 
 import hashlib
 from bisect import bisect_left
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from itertools import chain, count, takewhile
+from itertools import count, takewhile
 from typing import Any
 
 from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock
@@ -33,7 +34,7 @@ from revmux_vllm.rungs import Rung
 
 _numbers = count()
 NAMES = 1 << 16
-"""That are remembered, and not made anew."""
+"""Of a rung that are remembered, and not made anew."""
 GROUPS = [0]
 """vLLM's groups of layers that share their blocks: one, as all our layers attend alike."""
 
@@ -44,13 +45,18 @@ class Prefix:
 
     Attributes:
         names: of its blocks at the composite's rung.
-        hit: how many of them are taken from the cache.
+        hit: how many of them are taken from others.
         is_clean: nothing is in the cache of those behind.
     """
 
     names: Sequence[BlockHash]
     hit: int
     is_clean: bool
+
+    @property
+    def next(self) -> BlockHash | None:
+        """Of the first block that is missing."""
+        return self.names[self.hit] if self.hit < len(self.names) else None
 
 
 class SharedBlocks:
@@ -65,29 +71,33 @@ class SharedBlocks:
     def __init__(self, manager: Any, size: int, requests: Mapping[str, Request]) -> None:
         self._pool, self._spare, self._size = manager.block_pool, manager.watermark_blocks, size
         self._manager, self._requests = manager, requests
+        self._names: dict[Rung, dict[BlockHash, list[BlockHash]]] = defaultdict(dict)
+        # Of the step that is made:
+        self._entered: set[BlockHash] = set()
+        self._taken: dict[str, int] = {}
 
-    def num_cached(self, request_id: str) -> int:
-        """Tokens of a request, about, that were computed alone and are in the cache."""
+    def num_cached(self, request_id: str, rungs: Sequence[Rung] = ()) -> int:
+        """Tokens of a request, about, that are in the cache: computed alone, or at one of
+        ``rungs``."""
         request = self._requests[request_id]
-        hashes = request.block_hashes
-        found = bisect_left(hashes, 1, key=lambda name: self._block(name) is None)
-        return self._size * min(found, (request.num_tokens - 1) // self._size)
+        most = (request.num_tokens - 1) // self._size
+        found = [0]
+        for rung in {Rung(), *rungs}:
+            names = self._named(rung, request.block_hashes[:most])
+            found.append(bisect_left(names, 1, key=lambda name: self._block(name) is None))
+        return self._size * max(found)
 
-    def alike(self, requests: Sequence[Waiting]) -> list[BlockHash | None]:
-        """What each begins with that another one begins with too; None: nothing."""
-        hashes = [self._requests[request.id].block_hashes for request in requests]
-        times = Counter(chain.from_iterable(hashes))
-        found = []
-        for own in hashes:
-            shared = bisect_left(own, 1, key=lambda name: times[name] < 2)
-            found.append(own[shared - 1] if shared else None)
-        return found
+    def blocks(self, requests: Sequence[Waiting]) -> list[Sequence[BlockHash]]:
+        """Names of the blocks that each begins with; a name stands for all tokens until there."""
+        return [self._requests[request.id].block_hashes for request in requests]
 
     def remaining(self, rung: Rung, members: Sequence[Waiting]) -> int:
-        """Tokens of a composite that are not in the cache at its rung."""
+        """Tokens of a composite that are not in the cache at its rung, or its rows if these are
+        more: behind a prefix a single token may be two merged rows."""
         prefix = self.find(rung, [self._requests[member.id] for member in members])
         tokens = sum(member.num_tokens for member in members)
-        return tokens - len(members) * prefix.hit * self._size
+        one_more = rung.shortening > 1 and prefix.hit > 0
+        return tokens - len(members) * prefix.hit * self._size + one_more
 
     @contextmanager
     def named(self, step: Step) -> Iterator[Step]:
@@ -98,57 +108,72 @@ class SharedBlocks:
         """
         held: list[KVCacheBlock] = []
         hashes = {m.id: self._requests[m.id].block_hashes for m in step.members}
+        num_shared: dict[str, int] = {}
+        self._taken = {}
         try:
-            yield replace(step, composites=tuple(self._prepared(step, held)))
+            yield replace(step, composites=tuple(self._prepared(step, held, num_shared)))
         finally:
             self._pool.free_blocks(reversed(held))  # the last ones are to be evicted first
+            for name, shared in num_shared.items():  # nobody can ask for the others
+                self._evict(name, shared)
             for name, own in hashes.items():
                 self._requests[name].block_hashes = own
+            self._entered.clear()
 
     def find(self, rung: Rung, members: Sequence[Request]) -> Prefix:
-        """What of the members' prefix is in the cache."""
+        """What of the members' prefix is in the cache, or will be when they run."""
         first, *others = [member.block_hashes for member in members]
-        longest = range(min(member.num_tokens - 1 for member in members) // self._size)
-        common = len(list(takewhile(lambda i: all(own[i] == first[i] for own in others), longest)))
-        factor = rung.shortening
-        if rung == Rung() or rung.sure:
-            names = first[:common]
-        else:
-            whole = common // factor * factor
-            ends = [first[i + factor - 1] for i in range(0, whole, factor)]
-            names = [name_of(rung, end, i) for end in ends for i in range(factor)]
+        common = min(member.num_tokens - 1 for member in members) // self._size
+        for own in others:  # names that are equal stand for all before them too
+            common = bisect_left(range(common), 1, key=lambda i, own=own: own[i] != first[i])
+        names = self._named(rung, first[:common])
         if any(member.skip_reading_prefix_cache for member in members):
             return Prefix(names, 0, is_clean=False)
-        found = len(list(takewhile(self._block, names)))
-        hit = found // factor * factor
+        found = len(list(takewhile(self._is_there, names)))
+        hit = found // rung.shortening * rung.shortening
         return Prefix(names, hit, found == hit)
 
     def settle(self, step: Step, plan: MuxPlan, output: SchedulerOutput) -> None:
         """Take the names from blocks of members that vLLM made run otherwise.
 
         Raises:
-            RuntimeError: if one of them begins behind what only its rung may read.
+            RuntimeError: if one of them begins behind what only its own composite may read.
         """
-        named = {member.id: rung for rung, group in step.composites for member in group}
-        computed = {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}
-        for rung, group in zip(plan.rungs, plan.groups, strict=True):
-            for member in group:
-                if named.get(member, rung) == rung:
+        named = {
+            m.id: (rung, tuple(o.id for o in own)) for rung, own in step.composites for m in own
+        }
+        cached = output.scheduled_cached_reqs
+        computed = {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs} | {
+            name: tokens
+            for name, tokens in zip(cached.req_ids, cached.num_computed_tokens, strict=True)
+            if name in cached.resumed_req_ids
+        }
+        for runs in zip(plan.rungs, plan.groups, strict=True):
+            for member in runs[1]:
+                as_named = named.get(member, runs) == runs
+                taken = self._taken.get(member, 0)
+                if as_named and computed.get(member, taken) >= taken:
                     continue
-                if computed.get(member):
-                    told = f"its prefix was taken from the cache for {named[member]}"
-                    raise RuntimeError(f"{member} runs at {rung}: {told}")
-                (blocks,) = self._manager.get_block_ids(member)
-                self._pool.evict_blocks(set(blocks))
+                if computed.get(member) or (as_named and len(runs[1]) > 1):
+                    raise RuntimeError(
+                        f"{member} runs as {runs} behind {computed[member]} tokens in the cache; "
+                        f"as {named[member]} it would be {taken}"
+                    )
+                self._evict(member, 0)
 
-    def _prepared(self, step: Step, held: list[KVCacheBlock]) -> Iterator[Composite]:
-        entering: set[bytes] = set()
+    def _prepared(
+        self, step: Step, held: list[KVCacheBlock], num_shared: dict[str, int]
+    ) -> Iterator[Composite]:
+        missing = self._missing(step)
         needed = 0
         is_first = True
-        for rung, group in self._with_fillers(step):
+        for rung, group in step.composites:
             members = [self._requests[member.id] for member in group]
             prefix = self.find(rung, members)
-            taken = [block for name in prefix.names[: prefix.hit] if (block := self._block(name))]
+            if prefix.next is not None and missing[prefix.next] > 1:  # under a contract
+                rung, group = Rung(), (group[0]._replace(fills=True),)
+            hits = prefix.names[: prefix.hit]
+            taken = [block for name in hits if (block := self._block(name))]
             needed += sum(-(-r.num_tokens // self._size) - prefix.hit for r in members)
             free = self._pool.get_num_free_blocks() - sum(not block.ref_cnt for block in taken)
             if needed + self._spare > free:
@@ -158,53 +183,64 @@ class SharedBlocks:
             is_first = False
             self._pool.touch(taken)
             held += taken
+            self._taken |= dict.fromkeys((r.request_id for r in members), prefix.hit * self._size)
             yield rung, group
+            leaves = prefix.is_clean and not rung.sure
+            if leaves:
+                self._entered.update(prefix.names[prefix.hit :])
             if rung == Rung():
                 continue
-            new = prefix.names[prefix.hit :]
-            leaves = prefix.is_clean and not rung.sure
-            if rung.mux > 1:  # those of the same step have taken nothing of it
-                leaves = leaves and entering.isdisjoint(new)
-                entering.update(new)
             for member in members:
                 is_left = leaves and member is members[0]
-                shared = prefix.names if is_left else prefix.names[: prefix.hit]
+                shared = prefix.names if is_left else hits
                 own = [_private() for _ in member.block_hashes[len(shared) :]]
                 member.block_hashes = [*shared, *own]
+                num_shared[member.request_id] = len(shared)
 
-    def _with_fillers(self, step: Step) -> Iterator[Composite]:
-        """The composites, and one alone of all that begin alike under a contract, behind what is in
-        the cache: it leaves its blocks to the others."""
-        nexts: dict[str, BlockHash] = {}
-        for rung, (first, *_) in step.composites:
-            if rung.sure:
-                prefix = self.find(rung, [self._requests[first.id]])
-                if prefix.hit < len(prefix.names):
-                    nexts[first.id] = prefix.names[prefix.hit]
-        alike = Counter(nexts.values())
-        for rung, group in step.composites:
-            name = nexts.get(group[0].id)
-            if name is not None and alike[name] > 1:
-                alike[name] = 0
-                yield Rung(), (group[0]._replace(fills=True),)
-            else:
-                yield rung, group
+    def _missing(self, step: Step) -> Counter[BlockHash | None]:
+        """Blocks that what is under a contract does not find, and how often."""
+        return Counter(
+            self.find(rung, [self._requests[first.id]]).next
+            for rung, (first, *_) in step.composites
+            if rung.sure
+        )
+
+    def _evict(self, request_id: str, first: int) -> None:
+        """Of a request's blocks, from the ``first`` on: they lose their names."""
+        (blocks,) = self._manager.get_block_ids(request_id)
+        self._pool.evict_blocks(set(blocks[first:]))
+
+    def _named(self, rung: Rung, hashes: Sequence[BlockHash]) -> Sequence[BlockHash]:
+        """Of blocks at a rung, by vLLM's hashes of them; these where it is the backbone alone."""
+        if rung == Rung() or rung.sure:
+            return hashes
+        known = self._names[rung]
+        if len(known) > NAMES:
+            known.clear()
+        names: list[BlockHash] = []
+        for end in hashes[rung.shortening - 1 :: rung.shortening]:
+            if end not in known:
+                known[end] = names_of(rung, end)
+            names += known[end]
+        return names
+
+    def _is_there(self, name: BlockHash) -> bool:
+        return name in self._entered or self._block(name) is not None
 
     def _block(self, name: BlockHash) -> KVCacheBlock | None:
         found = self._pool.get_cached_block(name, GROUPS)
         return found[0] if found else None
 
 
-@lru_cache(NAMES)
-def name_of(rung: Rung, end: BlockHash, place: int) -> BlockHash:
-    """Of a block at a rung.
+def names_of(rung: Rung, end: BlockHash) -> list[BlockHash]:
+    """Of the blocks, as many as a row has tokens, whose rows lie in the first of them.
 
     Args:
-        rung: at which its upper rows are computed.
-        end: vLLM's hash of the last of the blocks whose rows lie in the first of them.
-        place: among these.
+        rung: at which these are computed.
+        end: vLLM's hash of the last of the blocks.
     """
-    return BlockHash(hashlib.sha256(f"{rung} {place} ".encode() + end).digest())
+    places = range(rung.shortening)
+    return [BlockHash(hashlib.sha256(f"{rung} {i} ".encode() + end).digest()) for i in places]
 
 
 def _private() -> BlockHash:

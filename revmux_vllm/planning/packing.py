@@ -111,26 +111,71 @@ def pack_rungs(
         lengths, domains, max_tokens: as for ``pack``.
         rungs: that may be used, all of one way; the backbone alone always may.
         exact: indices of those that run on the backbone alone whatever else may be used.
-        prefixes: what each of them begins with; None: like no other. Those that begin alike are
-            partners before others are.
+        prefixes: what each of them begins with; None: like no other. Where there are enough for the
+            widest composite those that begin alike are partners, before others are.
     """
     by_width = {1: Rung()} | {rung.mux: rung for rung in rungs}
-    packed: list[Packed] = []
+    own = [None] * len(lengths) if domains is None else domains
+
+    def packed(
+        indices: list[int], widths: Iterable[int], apart: Sequence[Hashable]
+    ) -> list[Packed]:
+        theirs = [apart[i] for i in indices]
+        groups = pack([lengths[i] for i in indices], widths, theirs, max_tokens)
+        return [(by_width[len(group)], tuple(indices[i] for i in group)) for group in groups]
+
     left = [i for i in range(len(lengths)) if i not in exact]
-    rounds: list[Sequence[Hashable] | None] = [domains]
+    found: list[Packed] = []
     if prefixes is not None:
-        alike = [(None if domains is None else domains[i], p) for i, p in enumerate(prefixes)]
-        alone = [domain if prefixes[i] is not None else (i,) for i, domain in enumerate(alike)]
-        rounds.insert(0, alone)
-    for place, apart in enumerate(rounds, 1):
-        theirs = None if apart is None else [apart[i] for i in left]
-        groups = pack([lengths[i] for i in left], by_width, theirs, max_tokens)
-        is_last = place == len(rounds)
-        found = [tuple(left[i] for i in group) for group in groups if is_last or len(group) > 1]
-        packed += [(by_width[len(group)], group) for group in found]
-        taken = {i for group in found for i in group}
+        widest = max(by_width)
+        shared = [i for i in left if prefixes[i] is not None]
+        apart = list(zip(own, prefixes, strict=True))
+        found = [entry for entry in packed(shared, [widest], apart) if len(entry[1]) == widest]
+        taken = {i for _, group in found for i in group}
         left = [i for i in left if i not in taken]
-    return [*packed, *((Rung(), (i,)) for i in sorted(exact))]
+    return [*found, *packed(left, by_width, own), *((Rung(), (i,)) for i in sorted(exact))]
+
+
+def alike(blocks: Sequence[Sequence[Hashable]], least: int) -> list[Hashable]:
+    """What each sequence begins with that ``least`` of them begin with, as much as possible.
+
+    Those that have so many partners for a long beginning are not counted for a shorter one, so a
+    few of the others may find no partners. O(n log m) for n sequences of m blocks.
+
+    Args:
+        blocks: of every sequence; a block is named by all tokens until its end, so sequences that
+            have one in common have all before it in common.
+        least: how many, at least 2.
+
+    Returns:
+        The name of the last block that is shared, or None.
+    """
+    found: list[Hashable] = [None] * len(blocks)
+    most = max(map(len, blocks), default=0)
+    todo: list[tuple[list[int], int, int]] = [(list(range(len(blocks))), 0, most)]
+    while todo:
+        members, low, high = todo.pop()  # these share ``low`` blocks, and none more than ``high``
+        if len(members) < least:
+            continue
+        if low == high:
+            for i in members if low else ():
+                found[i] = blocks[i][low - 1]
+            continue
+        middle = (low + high + 1) // 2
+        classes: dict[Hashable, list[int]] = {}
+        others = []
+        for i in members:
+            if len(blocks[i]) < middle:
+                others.append(i)
+            else:
+                classes.setdefault(blocks[i][middle - 1], []).append(i)
+        for group in classes.values():
+            if len(group) < least:
+                others += group
+            else:
+                todo.append((group, middle, high))
+        todo.append((sorted(others), low, middle - 1))
+    return found
 
 
 def first_of(

@@ -20,7 +20,7 @@ from typing import NamedTuple, Protocol
 from revmux_vllm.config import RevMuxConfig
 from revmux_vllm.planning.costs import ArrivalRate, Backlog, Budgets, LayerCosts
 from revmux_vllm.planning.options import Options
-from revmux_vllm.planning.packing import MuxPlan, fallbacks, first_of, pack_rungs
+from revmux_vllm.planning.packing import MuxPlan, alike, fallbacks, first_of, pack_rungs
 from revmux_vllm.planning.policy import Fixed, Policy, make_policy
 from revmux_vllm.planning.watching import TRUST_NAMES, Drift
 from revmux_vllm.rungs import Rung
@@ -64,11 +64,12 @@ Composite = tuple[Rung, tuple[Waiting, ...]]
 class Prefixes(Protocol):
     """What the engine knows of how requests begin."""
 
-    def num_cached(self, request_id: str) -> int:
-        """Tokens of a request, about, that were computed alone and are in the cache."""
+    def num_cached(self, request_id: str, rungs: Sequence[Rung] = ()) -> int:
+        """Tokens of a request, about, that are in the cache: computed alone, or at one of
+        ``rungs``."""
 
-    def alike(self, requests: Sequence[Waiting]) -> Sequence[Hashable]:
-        """What each begins with that another one begins with too; None: nothing."""
+    def blocks(self, requests: Sequence[Waiting]) -> Sequence[Sequence[Hashable]]:
+        """Names of the blocks that each begins with; a name stands for all tokens until there."""
 
     def remaining(self, rung: Rung, members: Sequence[Waiting]) -> int:
         """Tokens of a composite that are not in the cache at its rung."""
@@ -116,6 +117,7 @@ class StepPlanner:
         counts: what was planned since they were last taken, and cleared, by whoever reports them.
         drift: of the traffic from what the contract was calibrated for; None without one.
         prefixes: None where the engine keeps none.
+        uncached: share of what waits, in tokens, that is in no cache; of a sample.
     """
 
     def __init__(
@@ -137,6 +139,8 @@ class StepPlanner:
         self._chose_at_s = now_s
         self.drift = None if options.contract is None else Drift(options.contract)
         self.prefixes: Prefixes | None = None
+        self.uncached = 1.0
+        self._rungs: tuple[Rung, ...] = ()
         self._lingering_since_s: float | None = None
         self._idle_since_s: float | None = None
 
@@ -186,8 +190,10 @@ class StepPlanner:
                     self.counts["trust", f"{rung} {name}"] += number
         return self.drift is not None and bool(counts) and self.drift.observe(would)
 
-    def arrive(self, num_tokens: int) -> None:
-        """A request came."""
+    def arrive(self, num_tokens: int, request_id: str = "") -> None:
+        """A request came; by its id the engine's ``prefixes`` know it."""
+        if self.prefixes is not None:
+            num_tokens -= self.prefixes.num_cached(request_id, self._rungs)
         self.arrivals.add(num_tokens)
         self.counts["arrived_tokens", ""] += num_tokens
 
@@ -206,7 +212,7 @@ class StepPlanner:
             if now_s - self._idle_since_s > IDLE_S:
                 self.arrivals.forget(now_s)
             self._idle_since_s = None
-        rungs = self.policy.rungs(self._backlog(window, num_waiting, now_s))
+        rungs = self._rungs = self.policy.rungs(self._backlog(window, num_waiting, now_s))
         if self._lingers(window, rungs, now_s):
             if self._lingering_since_s is None:
                 self._lingering_since_s = now_s
@@ -278,8 +284,10 @@ class StepPlanner:
         tokens = sum(request.num_tokens for request in window) / max(1, len(window))
         if window and self.prefixes is not None:
             sample = window[:: -(-len(window) // SAMPLE)]
-            cached = sum(self.prefixes.num_cached(request.id) for request in sample)
-            tokens *= 1 - cached / sum(request.num_tokens for request in sample)
+            # What was computed at the rung in use is soon there for another one too.
+            cached = sum(self.prefixes.num_cached(r.id, self._rungs) for r in sample)
+            self.uncached = 1 - cached / sum(request.num_tokens for request in sample)
+            tokens *= self.uncached
         return Backlog(num_waiting, num_waiting * tokens, rate)
 
     def _lingers(self, window: Sequence[Waiting], rungs: tuple[Rung, ...], now_s: float) -> bool:
@@ -301,8 +309,9 @@ class StepPlanner:
         self, requests: Sequence[Waiting], rungs: tuple[Rung, ...]
     ) -> list[tuple[Rung, tuple[int, ...]]]:
         most, prefixes = self.budgets.max_tokens, None
-        if self.prefixes is not None and any(rung.mux > 1 for rung in rungs):
-            prefixes = self.prefixes.alike(requests)
+        widest = max((rung.mux for rung in rungs), default=1)
+        if self.prefixes is not None and widest > 1:
+            prefixes = alike(self.prefixes.blocks(requests), widest)
         return pack_rungs(
             [request.num_tokens for request in requests],
             rungs,

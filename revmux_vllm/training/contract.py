@@ -97,7 +97,8 @@ def observe(
         hidden = features.padded(rows).to(device)[:, None]
         lengths = features.lengths[rows].to(device)[:, None]
         for path in filter(None, paths):
-            passed = run_path(backbone, [ladder[stop] for stop in path], hidden, lengths)
+            adapters = [ladder[stop] for stop in path]
+            passed = run_path(backbone, adapters, hidden, lengths, features.shared)
             for stop in path:
                 vectors = passed.read(ladder[stop])[:, 0]
                 said[rows, stops.index(stop)] = backbone.head(vectors).float().cpu()

@@ -1,6 +1,7 @@
 """Text to train and measure on. Every mistake is named with file, row and cure, before any work."""
 
 import random
+import string
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -180,17 +181,38 @@ def spliced_copies(data: LabelledText, copies: float, seed: int) -> LabelledText
 
     The head of one row is joined to the tail of another and a tenth of the words is dropped. A
     backbone knows its training rows by heart; on these it is as unsure as on new text, and that is
-    what adapters have to learn to reproduce. Of a pair the second text is spliced.
+    what adapters have to learn to reproduce. Of a pair the second text is spliced. What all rows
+    begin and end with, as an instruction, stays.
     """
     rng = random.Random(seed)
+    spliced = [row[1] if isinstance(row, tuple) else row for row in data.texts]
+    head, tail = frame(spliced)
+    inner = [text[len(head) : len(text) - len(tail)] for text in spliced]
     texts: list[Any] = []
     for i in range(round(copies * len(data))):
-        row, other = data.texts[i % len(data)], rng.choice(data.texts)
-        if isinstance(row, tuple):
-            texts.append((row[0], _splice(row[1], other[1], rng)))
-        else:
-            texts.append(_splice(row, str(other), rng))
+        row = data.texts[i % len(data)]
+        text = head + _splice(inner[i % len(data)], rng.choice(inner), rng) + tail
+        texts.append((row[0], text) if isinstance(row, tuple) else text)
     return LabelledText(texts, [blank_like(data.labels[0])] * len(texts))
+
+
+def frame(texts: Sequence[str]) -> tuple[str, str]:
+    """What all of several texts begin and end with, in whole words."""
+    if len(texts) < 2:
+        return "", ""
+    head = texts[0][: common_start(texts)]
+    head = head[: max(map(head.rfind, string.whitespace)) + 1]
+    behind = [text[len(head) :][::-1] for text in texts]
+    tail = behind[0][: common_start(behind)][::-1]
+    start = min((i for i in map(tail.find, string.whitespace) if i >= 0), default=len(tail))
+    return head, tail[start:]
+
+
+def common_start(rows: Sequence[Any]) -> int:
+    """How many characters or tokens all of several texts, or lists of tokens, begin with."""
+    first, last = min(rows), max(rows)  # all others lie between them
+    places = range(min(len(first), len(last)))
+    return next((i for i in places if first[i] != last[i]), len(places))
 
 
 def _splice(text: str, other: str, rng: random.Random) -> str:

@@ -50,8 +50,8 @@ def predict(
         for part in index.split(composites_per_batch):
             lengths = features.lengths[part].to(device)
             hidden = features.padded(part.flatten()).to(device).unflatten(0, (-1, rung.mux))
-            vectors = run_rung(backbone, adapter, hidden, lengths).flatten(0, 1)
-            logits[part.flatten()] = backbone.head(vectors).cpu()
+            vectors = run_rung(backbone, adapter, hidden, lengths, features.shared)
+            logits[part.flatten()] = backbone.head(vectors.flatten(0, 1)).cpu()
     return logits
 
 

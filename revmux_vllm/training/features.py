@@ -22,10 +22,12 @@ from revmux_vllm.errors import UserError
 from revmux_vllm.prompts import render
 from revmux_vllm.reference import rows_at, skip_state
 from revmux_vllm.terminal import followed
-from revmux_vllm.training.data import LabelledText
+from revmux_vllm.training.data import LabelledText, common_start
 from revmux_vllm.training.device import free_memory
 
 TOKENS_PER_BATCH = 4096
+LEAST_SHARED = 16
+"""Tokens that all rows must begin with to be run once, and not with every row."""
 
 logger = logging.getLogger(__name__)
 
@@ -35,8 +37,10 @@ class Features:
     """Prefill states and the backbone's own answers, on the CPU.
 
     Attributes:
-        hidden: (total tokens, D), the sequences one after the other.
-        starts: (B,) first row of every sequence in ``hidden``.
+        hidden: (rows, D), what all sequences begin with, and then what is behind it in each, one
+            after the other.
+        shared: tokens that all begin with, and that ran once; 0 where they do not.
+        starts: (B,) first row of every sequence in ``hidden``, behind these.
         lengths: (B,) tokens of every sequence.
         vectors: (B, D) the pooled vector that the backbone's head reads.
         logits: (B, C) the backbone's answer.
@@ -45,6 +49,7 @@ class Features:
     """
 
     hidden: Tensor
+    shared: int
     starts: Tensor
     lengths: Tensor
     vectors: Tensor
@@ -59,7 +64,9 @@ class Features:
         """Prefill states (len(index), T, D) of some sequences, zero behind each."""
         lengths = self.lengths[index]
         tokens = inside(lengths, int(lengths.max()))  # (b, T)
-        rows = (self.starts[index, None] + torch.arange(tokens.shape[1])) * tokens
+        place = torch.arange(tokens.shape[1])
+        own = self.starts[index, None] + place - self.shared
+        rows = torch.where(place < self.shared, place, own) * tokens
         return self.hidden[rows] * tokens.unsqueeze(-1)
 
 
@@ -94,32 +101,60 @@ def extract(
     _check_last_tokens(backbone, tokenizer, data, ids)
     if cut := int((lengths == max_tokens).sum()):
         logger.warning("%d of %d rows reach %d tokens and may be cut", cut, len(ids), max_tokens)
-    starts = lengths.cumsum(0) - lengths
+    shared = shared_tokens(ids) if backbone.is_causal else 0
+    own_lengths = lengths - shared
+    starts = shared + own_lengths.cumsum(0) - own_lengths
     size = backbone.hidden_size
-    hidden = _buffer(int(lengths.sum()), size, overflow)
+    hidden = _buffer(shared + int(own_lengths.sum()), size, overflow)
     vectors = torch.empty(len(ids), size)
     exits = torch.empty(len(ids), len(exit_layers), 2, size, dtype=torch.bfloat16)
-    batches = list(batches_by_length(lengths, TOKENS_PER_BATCH))
+    batches = list(batches_by_length(own_lengths, TOKENS_PER_BATCH))
     seen: dict[int, Tensor] = {}
     with ExitStack() as stack:
         for layer in exit_layers:
             hook = _keep(seen, layer)
             stack.callback(backbone.layers[layer - 1].register_forward_hook(hook).remove)
+        hidden[:shared], lower_cache, upper_cache = _start(backbone, ids[0][:shared], device)
+        before = dict(seen)  # by layer, of what all begin with
         for index in followed(batches, f"backbone over {len(ids):,} rows, batches"):
             own = lengths[index].to(device)
             low = backbone.lower(
-                _pad(ids, index, device), own, None if types is None else _pad(types, index, device)
+                _pad(ids, index, device, shared),
+                own,
+                None if types is None else _pad(types, index, device, shared),
+                lower_cache,
             )
-            last = rows_at(backbone.upper(low, own), backbone.output_position(own))
+            position = backbone.output_position(own) - shared
+            last = rows_at(backbone.upper(low, own, upper_cache), position)
             vectors[index] = last.float().cpu()
             position = backbone.pooled_position(own)
             for place, layer in enumerate(exit_layers):
-                exits[index, place] = skip_state(seen[layer], own, position).bfloat16().cpu()
+                state = skip_state(seen[layer], own, position, before.get(layer))
+                exits[index, place] = state.bfloat16().cpu()
             low = low.float().cpu()
             for row, i in enumerate(index):
-                hidden[starts[i] : starts[i] + lengths[i]] = low[row, : lengths[i]]
+                hidden[starts[i] : starts[i] + own_lengths[i]] = low[row, : own_lengths[i]]
     logits = backbone.head(vectors.to(device)).float().cpu()
-    return Features(hidden, starts, lengths, vectors, logits, torch.tensor(data.labels), exits)
+    labels = torch.tensor(data.labels)
+    return Features(hidden, shared, starts, lengths, vectors, logits, labels, exits)
+
+
+def _start(backbone: Backbone, ids: list[int], device: torch.device) -> tuple[Tensor, Any, Any]:
+    """What all rows begin with, run: its prefill states (P, D), and caches of lower and upper
+    layers for what stands behind it; None where it is empty."""
+    if not ids:
+        return torch.empty(0, backbone.hidden_size), None, None
+    caches = [backbone.prefix_cache(first) for first in (0, backbone.prefill_layers)]
+    lengths = torch.tensor([len(ids)], device=device)
+    low = backbone.lower(torch.tensor([ids], device=device), lengths, cache=caches[0])
+    backbone.upper(low, lengths, caches[1])
+    return low[0].float().cpu(), *caches
+
+
+def shared_tokens(ids: list[list[int]]) -> int:
+    """How many tokens all rows begin with, and have more; 0 where they are not worth a pass."""
+    shared = min(common_start(ids), min(map(len, ids)) - 1)
+    return shared if len(ids) > 1 and shared >= LEAST_SHARED else 0
 
 
 def _check_last_tokens(
@@ -211,8 +246,8 @@ def _warn_of_two_starts(tokenizer: Any, ids: list[list[int]]) -> None:
         )
 
 
-def _pad(rows: list[list[int]], index: Tensor, device: torch.device) -> Tensor:
-    parts = [torch.tensor(rows[i]) for i in index]
+def _pad(rows: list[list[int]], index: Tensor, device: torch.device, first: int) -> Tensor:
+    parts = [torch.tensor(rows[i][first:]) for i in index]
     return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True).to(device)
 
 

@@ -58,8 +58,9 @@ class LadderModel(nn.Module):
         teacher_vectors: Tensor,
         teacher_logits: Tensor,
         exit_states: Tensor,
+        shared: int = 0,
     ) -> dict[str, Tensor]:
-        """Losses of a padded batch; shapes as in ``Features``, ``hidden`` (B, T, D).
+        """Losses of a padded batch; all as in ``Features``, ``hidden`` (B, T, D).
 
         While measuring, early exits are left out: the best checkpoint is the adapters' best.
         """
@@ -69,7 +70,7 @@ class LadderModel(nn.Module):
             rows = group.flatten()
             target = labels[rows], teacher_logits[rows], teacher_vectors[rows]
             if list(path.parameters()):
-                passed = run_path(self.backbone, adapters, hidden[group], lengths[group])
+                passed = run_path(self.backbone, adapters, hidden[group], lengths[group], shared)
             else:
                 passed = self._seen(adapters, exit_states[rows])
             for adapter in adapters:

@@ -40,6 +40,7 @@ def some_rows(features: Features, count: int, neighbours: int, has_sink: bool) -
     total = len(features.hidden)
     is_start = torch.zeros(total + neighbours, dtype=torch.bool)
     is_start[features.starts] = True
+    is_start[0] = True  # of what they all begin with
     is_start[total:] = True
     refused = is_start[:total].clone() if has_sink else torch.zeros(total, dtype=torch.bool)
     for step in range(1, neighbours):  # never over the end of a sequence

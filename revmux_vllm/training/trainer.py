@@ -93,7 +93,7 @@ def _some(rows: Dataset) -> Dataset:
 
 def _collate(
     features: Features, held_out: Features | None, batch: Sequence[dict[str, int]]
-) -> dict[str, Tensor]:
+) -> dict[str, Tensor | int]:
     """The arguments of ``LadderModel``: hidden is padded, (B, T, D)."""
     own = held_out if batch[0]["held_out"] else features
     assert own is not None
@@ -101,6 +101,7 @@ def _collate(
     return {
         "hidden": own.padded(index),
         "lengths": own.lengths[index],
+        "shared": own.shared,
         "labels": own.labels[index],
         "teacher_vectors": own.vectors[index],
         "teacher_logits": own.logits[index],

@@ -4,12 +4,13 @@ import itertools
 import math
 import random
 import time
+from collections import Counter
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from revmux_vllm.planning.packing import MuxPlan, fallbacks, first_of, pack, pack_rungs
+from revmux_vllm.planning.packing import MuxPlan, alike, fallbacks, first_of, pack, pack_rungs
 from revmux_vllm.rungs import Rung
 
 widths_strategy = st.sets(st.integers(2, 9), max_size=4)
@@ -232,3 +233,39 @@ def test_planning_1024_requests_takes_under_four_milliseconds() -> None:
         first_of(pack_rungs(lengths, rungs, [None] * 1024), lengths, rungs, 2048, 128)
         times.append(time.perf_counter() - start)
     assert min(times) < 4e-3
+
+
+@given(
+    texts=st.lists(st.lists(st.integers(0, 2), max_size=9), max_size=60),
+    least=st.integers(2, 5),
+)
+def test_what_begins_alike(texts: list[list[int]], least: int) -> None:
+    blocks = [[tuple(text[: i + 1]) for i in range(len(text))] for text in texts]
+    found = alike(blocks, least)
+    classes: dict[object, list[int]] = {}
+    for i, name in enumerate(found):
+        assert name is None or name in blocks[i]
+        classes.setdefault(name, []).append(i)
+    classes.pop(None, None)
+    for name, members in classes.items():
+        length = len(name)  # type: ignore[arg-type]
+        assert len(members) >= least
+        longer = Counter(blocks[i][length] for i in members if len(blocks[i]) > length)
+        assert max(longer.values(), default=0) < least, "enough of them share more"
+
+
+def test_instructions_are_found() -> None:
+    blocks = [[f"{i % 7} {j}" for j in range(5 + i % 7)] + [f"own {i}"] for i in range(70)]
+    assert alike(blocks, 4) == [f"{i % 7} {4 + i % 7}" for i in range(70)]
+
+
+def test_who_begins_alike_is_a_partner_where_there_are_enough() -> None:
+    prefixes = [None, "a", "b", "a", "b", "a", "b", "a", None]
+    packed = pack_rungs([5] * 9, [Rung(mux=2), Rung(mux=4)], prefixes=prefixes)
+    assert packed == [
+        (Rung(mux=4), (1, 3, 5, 7)),
+        (Rung(mux=4), (0, 2, 4, 6)),  # three of "b" would make a narrow composite
+        (Rung(), (8,)),
+    ]
+    apart = pack_rungs([5] * 4, [Rung(mux=2)], list("xyxy"), prefixes=["a"] * 4)
+    assert [group for _, group in apart] == [(0, 2), (1, 3)], "tenants"
