@@ -61,7 +61,9 @@ def save_backbone(
 ) -> None:
     """A random backbone of some family in float32, and the word tokenizer beside it."""
     torch.manual_seed(0)
-    name = {"t5-v1.1": "t5", "llama-tied": "llama"}.get(family, family)
+    name = {"t5-v1.1": "t5", "llama-tied": "llama", "modernbert-mean": "modernbert"}.get(
+        family, family
+    )
     sizes: dict[str, Any] = {
         "vocab_size": VOCAB_SIZE,
         "hidden_size": hidden_size,
@@ -74,8 +76,11 @@ def save_backbone(
         # Large, so that tokens matter; not larger with the size, which would amplify rounding.
         "initializer_range": 1.6 / hidden_size**0.5,
     }
-    if name in ("bert", "roberta", "gpt2"):
+    if name in ("bert", "roberta", "xlm-roberta", "gpt2", "modernbert"):
         del sizes["num_key_value_heads"], sizes["head_dim"]
+    if name == "modernbert":  # layers 1 and 2 have a window: 16 rows to either side
+        sizes |= {"max_position_embeddings": 2560, "local_attention": 32}
+        sizes["classifier_pooling"] = "mean" if family == "modernbert-mean" else "cls"
     if name == "t5":
         sizes = {
             "vocab_size": VOCAB_SIZE,
@@ -101,7 +106,7 @@ def save_backbone(
         state = load_file(folder / "model.safetensors")
         state["lm_head.weight"] = torch.randn_like(state["shared.weight"])
         save_file(state, folder / "model.safetensors", {"format": "pt"})
-    if family == "roberta":  # what the most downloaded ones hold and no classifier reads
+    if family in ("roberta", "xlm-roberta"):  # what the most downloaded ones hold and no classifier reads
         state = load_file(folder / "model.safetensors")
         state["roberta.pooler.dense.weight"] = torch.randn(hidden_size, hidden_size)
         state["roberta.pooler.dense.bias"] = torch.randn(hidden_size)

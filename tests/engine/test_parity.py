@@ -84,7 +84,8 @@ STOPS = "exit@3,mux:2@2,mux:4@3,mux:8"  # in one step: rows leave after every la
 MERGED_STOPS = "merge:2@2,merge:3+mux:2@3"
 ALL = f"exit@2,{MUX},{MERGE},{BOTH},{STOPS.removesuffix(',mux:8')},{MERGED_STOPS},exit"
 
-FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "bert", "roberta"]
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "bert", "roberta", "xlm-roberta"]
+FAMILIES += ["modernbert", "modernbert-mean"]
 
 
 SLOW_BERT = pytest.param("bert", marks=pytest.mark.slow)
@@ -97,7 +98,7 @@ def all_but(*slow: str) -> list[Any]:
     return [pytest.param(family, marks=marks.get(family, [])) for family in FAMILIES]
 
 
-@pytest.mark.parametrize("family", all_but("mistral", "qwen2", "roberta"))
+@pytest.mark.parametrize("family", all_but("mistral", "qwen2", "roberta", "xlm-roberta", "modernbert"))
 def test_float32(
     family: str,
     tmp_path: Path,
@@ -142,7 +143,7 @@ def pad_upper_rows(model: Any) -> None:
 
 @pytest.mark.parametrize(
     "family",  # the others differ in their layers, which vLLM compiles by itself
-    all_but("mistral", "qwen2", "qwen3", "bert", "roberta"),
+    all_but(*FAMILIES[1:]),
 )
 def test_compiled(family: str, tmp_path: Path, make_engine: Callable[..., RecordingEngine]) -> None:
     folder = make_tiny_checkpoint(tmp_path, family=family, rungs=ALL)
