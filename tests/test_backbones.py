@@ -34,7 +34,9 @@ def run(backbone: Any, ids: torch.Tensor, **inputs: Any) -> torch.Tensor:
     return backbone.head(rows_at(states, backbone.output_position(LENGTHS)))
 
 
-@pytest.mark.parametrize("family", [*(name for name in FAMILIES if name != "t5"), "modernbert-mean"])
+@pytest.mark.parametrize(
+    "family", [*(name for name in FAMILIES if name != "t5"), "modernbert-mean"]
+)
 @pytest.mark.parametrize("cut", [1, 3])
 @torch.no_grad()
 def test_a_classifier_keeps_its_logits(family: str, cut: int, tmp_path: Path) -> None:

@@ -51,9 +51,7 @@ class UpperTrunk(nn.Module):
         self.layers = _layers(vllm_config, indices)
         self.norm = None
         if indices.stop == config.num_hidden_layers:
-            self.norm = nn.LayerNorm(
-                config.hidden_size, eps=config.norm_eps, bias=config.norm_bias
-            )
+            self.norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=config.norm_bias)
 
     def forward(self, hidden: Tensor, positions: Tensor) -> Tensor:
         for layer in self.layers.values():
