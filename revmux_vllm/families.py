@@ -90,6 +90,20 @@ FAMILIES = {
     for family in (
         _encoder("bert", "Bert", nce_weight=0.25),
         _encoder("roberta", "Roberta", positions_behind_padding=True),
+        _encoder("xlm-roberta", "XLMRoberta", positions_behind_padding=True),
+        Family(
+            "modernbert",
+            backbone="revmux_vllm.backbones.modernbert:ModernBertBackbone",
+            engine_model="revmux_vllm.engine.models.modernbert"
+            ":RevMuxModernBertForSequenceClassification",
+            ends=Ends(pools_first=True),
+            has_kv_cache=False,
+            refuses={
+                LABEL_WORDS: "a modernbert classifier has a head of its own; leave it out",
+                TENSOR_PARALLEL: "vLLM's ModernBERT layers do not share their heads out; use 1, "
+                "and --data-parallel-size or replicas to scale out",
+            },
+        ),
         _decoder("llama", "Llama"),
         _decoder("mistral", "Mistral"),
         _decoder("qwen2", "Qwen2"),

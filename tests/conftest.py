@@ -61,7 +61,8 @@ def save_backbone(
 ) -> None:
     """A random backbone of some family in float32, and the word tokenizer beside it."""
     torch.manual_seed(0)
-    name = {"t5-v1.1": "t5", "llama-tied": "llama"}.get(family, family)
+    variants = {"t5-v1.1": "t5", "llama-tied": "llama", "modernbert-mean": "modernbert"}
+    name = variants.get(family, family)
     sizes: dict[str, Any] = {
         "vocab_size": VOCAB_SIZE,
         "hidden_size": hidden_size,
@@ -74,8 +75,11 @@ def save_backbone(
         # Large, so that tokens matter; not larger with the size, which would amplify rounding.
         "initializer_range": 1.6 / hidden_size**0.5,
     }
-    if name in ("bert", "roberta", "gpt2"):
+    if name in ("bert", "roberta", "xlm-roberta", "gpt2", "modernbert"):
         del sizes["num_key_value_heads"], sizes["head_dim"]
+    if name == "modernbert":  # layers 1 and 2 have a window: 16 rows to either side
+        sizes |= {"max_position_embeddings": 2560, "local_attention": 32}
+        sizes["classifier_pooling"] = "mean" if family == "modernbert-mean" else "cls"
     if name == "t5":
         sizes = {
             "vocab_size": VOCAB_SIZE,
@@ -97,17 +101,25 @@ def save_backbone(
     elif language_model:
         kind = AutoModelForCausalLM
     kind.from_config(config).save_pretrained(folder)
+    write_as_others_do(family, folder, hidden_size)
+    word_tokenizer().save_pretrained(folder)
+
+
+def write_as_others_do(family: str, folder: Path, hidden_size: int) -> None:
+    """Weights that ``save_pretrained`` does not write, and files of the hub have."""
     if family == "t5-v1.1":  # transformers ties it until it finds another head in the file
         state = load_file(folder / "model.safetensors")
         state["lm_head.weight"] = torch.randn_like(state["shared.weight"])
         save_file(state, folder / "model.safetensors", {"format": "pt"})
-    if family == "roberta":  # what the most downloaded ones hold and no classifier reads
+    if family in (
+        "roberta",
+        "xlm-roberta",
+    ):  # what the most downloaded ones hold and no classifier reads
         state = load_file(folder / "model.safetensors")
         state["roberta.pooler.dense.weight"] = torch.randn(hidden_size, hidden_size)
         state["roberta.pooler.dense.bias"] = torch.randn(hidden_size)
         state["roberta.embeddings.position_ids"] = torch.arange(520)[None]
         save_file(state, folder / "model.safetensors", {"format": "pt"})
-    word_tokenizer().save_pretrained(folder)
 
 
 def make_tiny_checkpoint(

@@ -128,7 +128,7 @@ class Backbone(nn.Module, ABC):
     def finish(self, states: Tensor, lengths: Tensor) -> Tensor:
         """States (G, T, D) after the last layer to final states (G, T', D).
 
-        T' is T, or 1 where a decoder speaks.
+        T' is T, or 1 where one row speaks for all.
         """
         return self._finish(states.to(self.dtype), lengths).to(states.dtype)
 

@@ -1,4 +1,4 @@
-"""BERT and RoBERTa: attention both ways, read at the first token."""
+"""BERT and the RoBERTas: attention both ways, read at the first token."""
 
 from typing import Any
 

@@ -59,7 +59,8 @@ def _refused_tasks(vllm_config: "VllmConfig") -> Iterator[str]:
             f"--pooler-config pooling_type {pooler.seq_pooling_type}: of a composite's member only "
             f"the token that the backbone pools ({read_at}) is known; {_LEAVE_OUT}"
         )
-    if len(set(getattr(model.hf_config, "layer_types", None) or ())) > 1:
+    layer_types = set(getattr(model.hf_config, "layer_types", None) or ())
+    if len(layer_types) > 1 and _family(vllm_config).has_kv_cache:
         yield (
             "layer_types in config.json: full and sliding attention mixed are not supported; serve "
             "the backbone itself"

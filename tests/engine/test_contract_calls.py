@@ -96,6 +96,14 @@ CALLS: list[tuple[str, str, tuple[Any, ...], dict[str, Any]]] = [
     ("models/encoder.py", f"{MODELS}.bert:BertPooler", ("model_config",), {}),
     ("models/encoder.py", f"{MODELS}.bert:_encode_token_type_ids", ("ids", "types"), {}),
     ("models/encoder.py", f"{MODELS}.roberta:RobertaClassificationHead", ("model_config",), {}),
+    (
+        "models/modernbert.py",
+        f"{MODELS}.modernbert:ModernBertLayer",
+        (),
+        {"config": 0, "layer_id": 0, "dtype": 0, "quant_config": 0, "prefix": ""},
+    ),
+    ("models/modernbert.py", f"{MODELS}.modernbert:ModernBertEmbeddings", ("config",), {}),
+    ("models/modernbert.py", f"{MODELS}.modernbert:ModernBertPredictionHead", ("config",), {}),
     ("models/t5.py", f"{LAYERS}.attention:EncoderOnlyAttention", (1, 64, 1.0), {"prefix": ""}),
 ]
 

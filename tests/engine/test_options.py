@@ -130,6 +130,13 @@ def test_t5_is_not_served_in_float16_nor_by_two_processes(tmp_path: Path) -> Non
     assert chosen == torch.bfloat16
 
 
+def test_modernbert_is_not_served_by_two_processes(tmp_path: Path) -> None:
+    folder = make_tiny_checkpoint(tmp_path, family="modernbert")
+    assert len(set(configure(folder).model_config.hf_config.layer_types)) == 2
+    with pytest.raises(ValueError, match="--tensor-parallel-size 2: vLLM's ModernBERT"):
+        configure(folder, tensor_parallel_size=2)
+
+
 def test_layers_of_several_kinds_are_refused(tmp_path: Path) -> None:
     folder = make_tiny_checkpoint(tmp_path, family="qwen3")
     values = json.loads((folder / "config.json").read_text())

@@ -84,10 +84,12 @@ STOPS = "exit@3,mux:2@2,mux:4@3,mux:8"  # in one step: rows leave after every la
 MERGED_STOPS = "merge:2@2,merge:3+mux:2@3"
 ALL = f"exit@2,{MUX},{MERGE},{BOTH},{STOPS.removesuffix(',mux:8')},{MERGED_STOPS},exit"
 
-FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "bert", "roberta"]
+DECODERS = ["llama", "mistral", "qwen2", "qwen3"]
+FAMILIES = [*DECODERS, "bert", "roberta", "xlm-roberta", "modernbert", "modernbert-mean"]
 
 
 SLOW_BERT = pytest.param("bert", marks=pytest.mark.slow)
+SLOW_XLM = pytest.param("xlm-roberta", marks=pytest.mark.slow)
 SLOW_TIED = pytest.param("llama-tied", marks=pytest.mark.slow)
 
 
@@ -97,7 +99,9 @@ def all_but(*slow: str) -> list[Any]:
     return [pytest.param(family, marks=marks.get(family, [])) for family in FAMILIES]
 
 
-@pytest.mark.parametrize("family", all_but("mistral", "qwen2", "roberta"))
+@pytest.mark.parametrize(
+    "family", all_but("mistral", "qwen2", "roberta", "xlm-roberta", "modernbert")
+)
 def test_float32(
     family: str,
     tmp_path: Path,
@@ -119,7 +123,7 @@ def test_float32(
         assert set(rungs) == {Rung()}
         expected = torch.tensor(plain.probabilities(prompts))
         torch.testing.assert_close(probs, expected, rtol=0, atol=1e-6)
-    if family in ("llama", "mistral", "qwen2", "qwen3"):  # vLLM's CPU encoder takes no padding
+    if family in DECODERS:  # vLLM's CPU encoder takes no padding
         # Upper rows padded as for CUDA graphs, with NaN in them: nobody may notice.
         engine.llm.apply_model(pad_upper_rows)
         check(engine, reference, MIXED)
@@ -142,7 +146,7 @@ def pad_upper_rows(model: Any) -> None:
 
 @pytest.mark.parametrize(
     "family",  # the others differ in their layers, which vLLM compiles by itself
-    all_but("mistral", "qwen2", "qwen3", "bert", "roberta"),
+    all_but(*FAMILIES[1:]),
 )
 def test_compiled(family: str, tmp_path: Path, make_engine: Callable[..., RecordingEngine]) -> None:
     folder = make_tiny_checkpoint(tmp_path, family=family, rungs=ALL)
@@ -150,9 +154,10 @@ def test_compiled(family: str, tmp_path: Path, make_engine: Callable[..., Record
     engine = make_engine(folder, enforce_eager=False, **UNDER_CONTRACT)
     for kind in (MUX, BOTH, MIXED, EXIT, STOPS, MERGED_STOPS):
         check(engine, reference, kind)
-    for kind in (MUX, MERGE):  # most of them behind a prefix
-        check(engine, reference, kind, make=sharing_prompts)
-    assert engine.cached_tokens
+    if family in DECODERS:
+        for kind in (MUX, MERGE):  # most of them behind a prefix
+            check(engine, reference, kind, make=sharing_prompts)
+        assert engine.cached_tokens
     check_contract(engine, promised)
 
 
@@ -236,7 +241,7 @@ def reference(tiny_checkpoint: Path) -> Reference:
     return reference_of(tiny_checkpoint)
 
 
-@pytest.mark.parametrize("family", ["llama", SLOW_BERT])
+@pytest.mark.parametrize("family", ["llama", SLOW_BERT, SLOW_XLM])
 def test_tensor_parallel(
     family: str,
     tmp_path: Path,

@@ -1,4 +1,4 @@
-"""BERT and RoBERTa: attention both ways and no cache, read at the first token."""
+"""BERT and the RoBERTas: attention both ways and no cache, read at the first token."""
 
 from typing import Any, ClassVar
 
@@ -191,3 +191,7 @@ class RevMuxRobertaForSequenceClassification(RevMuxBertForSequenceClassification
     def answer(self, vectors: Tensor) -> Tensor:
         head: Any = self.classifier
         return head(vectors.to(head.dense.weight.dtype))
+
+
+class RevMuxXLMRobertaForSequenceClassification(RevMuxRobertaForSequenceClassification):
+    """The same module for module."""
