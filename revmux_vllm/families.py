@@ -94,6 +94,7 @@ FAMILIES = {
         _decoder("mistral", "Mistral"),
         _decoder("qwen2", "Qwen2"),
         _decoder("qwen3", "Qwen3"),
+        _decoder("gemma", "Gemma"),
         Family(
             "t5",
             backbone="revmux_vllm.backbones.t5:T5Backbone",

@@ -51,7 +51,7 @@ def test_a_classifier_keeps_its_logits(family: str, cut: int, tmp_path: Path) ->
     assert backbone.train().training is False
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "t5", "t5-v1.1"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma", "t5", "t5-v1.1"])
 @torch.no_grad()
 def test_label_words_are_scored_by_the_lm_head(family: str, tmp_path: Path) -> None:
     whole, backbone = whole_and_cut(family, tmp_path, 2, WORDS)

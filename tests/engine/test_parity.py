@@ -84,10 +84,12 @@ STOPS = "exit@3,mux:2@2,mux:4@3,mux:8"  # in one step: rows leave after every la
 MERGED_STOPS = "merge:2@2,merge:3+mux:2@3"
 ALL = f"exit@2,{MUX},{MERGE},{BOTH},{STOPS.removesuffix(',mux:8')},{MERGED_STOPS},exit"
 
-FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "bert", "roberta"]
+DECODERS = ["llama", "mistral", "qwen2", "qwen3", "gemma"]
+FAMILIES = [*DECODERS, "bert", "roberta"]
 
 
 SLOW_BERT = pytest.param("bert", marks=pytest.mark.slow)
+SLOW_GEMMA = pytest.param("gemma", marks=pytest.mark.slow)
 SLOW_TIED = pytest.param("llama-tied", marks=pytest.mark.slow)
 
 
@@ -97,7 +99,7 @@ def all_but(*slow: str) -> list[Any]:
     return [pytest.param(family, marks=marks.get(family, [])) for family in FAMILIES]
 
 
-@pytest.mark.parametrize("family", all_but("mistral", "qwen2", "roberta"))
+@pytest.mark.parametrize("family", all_but("mistral", "qwen2", "gemma", "roberta"))
 def test_float32(
     family: str,
     tmp_path: Path,
@@ -119,7 +121,7 @@ def test_float32(
         assert set(rungs) == {Rung()}
         expected = torch.tensor(plain.probabilities(prompts))
         torch.testing.assert_close(probs, expected, rtol=0, atol=1e-6)
-    if family in ("llama", "mistral", "qwen2", "qwen3"):  # vLLM's CPU encoder takes no padding
+    if family in DECODERS:  # vLLM's CPU encoder takes no padding
         # Upper rows padded as for CUDA graphs, with NaN in them: nobody may notice.
         engine.llm.apply_model(pad_upper_rows)
         check(engine, reference, MIXED)
@@ -142,7 +144,7 @@ def pad_upper_rows(model: Any) -> None:
 
 @pytest.mark.parametrize(
     "family",  # the others differ in their layers, which vLLM compiles by itself
-    all_but("mistral", "qwen2", "qwen3", "bert", "roberta"),
+    all_but("mistral", "qwen2", "qwen3", "gemma", "bert", "roberta"),
 )
 def test_compiled(family: str, tmp_path: Path, make_engine: Callable[..., RecordingEngine]) -> None:
     folder = make_tiny_checkpoint(tmp_path, family=family, rungs=ALL)
@@ -157,7 +159,8 @@ def test_compiled(family: str, tmp_path: Path, make_engine: Callable[..., Record
 
 
 @pytest.mark.parametrize(
-    "family", ["t5", pytest.param("t5-v1.1", marks=pytest.mark.slow), "llama", SLOW_TIED]
+    "family",
+    ["t5", pytest.param("t5-v1.1", marks=pytest.mark.slow), "llama", SLOW_TIED, SLOW_GEMMA],
 )
 def test_label_words(
     family: str, tmp_path: Path, make_engine: Callable[..., RecordingEngine]
@@ -236,7 +239,7 @@ def reference(tiny_checkpoint: Path) -> Reference:
     return reference_of(tiny_checkpoint)
 
 
-@pytest.mark.parametrize("family", ["llama", SLOW_BERT])
+@pytest.mark.parametrize("family", ["llama", SLOW_BERT, SLOW_GEMMA])
 def test_tensor_parallel(
     family: str,
     tmp_path: Path,
@@ -252,7 +255,7 @@ def test_tensor_parallel(
     engine = make_engine(folder, tensor_parallel_size=2, **UNDER_CONTRACT)
     for kind in (MUX, BOTH):  # partial sums of two workers round elsewhere
         check(engine, reference, kind, 2 * FLOAT32_TOLERANCE)
-    if family == "llama":
+    if family != "bert":
         for kind in (MUX, MERGE):
             check(engine, reference, kind, 2 * FLOAT32_TOLERANCE, sharing_prompts)
         assert engine.cached_tokens

@@ -1,14 +1,17 @@
 """LLaMA and the relatives that share its module shape in vLLM: one class, a row for each."""
 
 import inspect
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from vllm.compilation.backends import set_model_tag
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
-from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.model_executor.models.gemma import GemmaDecoderLayer
 from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaModel
 from vllm.model_executor.models.mistral import MistralDecoderLayer
 from vllm.model_executor.models.qwen2 import Qwen2DecoderLayer
@@ -18,22 +21,39 @@ from vllm.model_executor.models.utils import WeightsMapper
 from revmux_vllm.engine.models.base import RevMuxForSequenceClassification
 
 
+@dataclass(frozen=True)
+class Parts:
+    """What relatives do not share.
+
+    Attributes:
+        layer: vLLM's decoder layer.
+        norm: behind the last one.
+        scales_embeddings: by the square root of their size, in the model's dtype.
+    """
+
+    layer: type[nn.Module]
+    norm: type[nn.Module] = RMSNorm
+    scales_embeddings: bool = False
+
+
 @support_torch_compile
 class LowerTrunk(nn.Module):
     """Embedding and prefill layers: one row per token of the batch."""
 
-    def __init__(
-        self, *, vllm_config: VllmConfig, layer_class: type[nn.Module], num_layers: int
-    ) -> None:
+    def __init__(self, *, vllm_config: VllmConfig, parts: Parts, num_layers: int) -> None:
         super().__init__()
         config = vllm_config.model_config.hf_config
         self.embed_tokens = VocabParallelEmbedding(
             config.vocab_size, config.hidden_size, quant_config=vllm_config.quant_config
         )
-        self.layers = _layers(vllm_config, layer_class, range(num_layers))
+        self.layers = _layers(vllm_config, parts.layer, range(num_layers))
+        self.scale: Tensor | None
+        scale = torch.tensor(config.hidden_size**0.5) if parts.scales_embeddings else None
+        self.register_buffer("scale", scale, persistent=False)
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
-        return self.embed_tokens(input_ids)
+        embedded: Tensor = self.embed_tokens(input_ids)
+        return embedded if self.scale is None else embedded * self.scale
 
     def forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
         hidden: Any = self.embed_input_ids(input_ids)
@@ -47,15 +67,13 @@ class LowerTrunk(nn.Module):
 class UpperTrunk(nn.Module):
     """Some of the remaining layers, the final norm behind the last: one row per upper row."""
 
-    def __init__(
-        self, *, vllm_config: VllmConfig, layer_class: type[nn.Module], indices: range
-    ) -> None:
+    def __init__(self, *, vllm_config: VllmConfig, parts: Parts, indices: range) -> None:
         super().__init__()
         config = vllm_config.model_config.hf_config
-        self.layers = _layers(vllm_config, layer_class, indices)
+        self.layers = _layers(vllm_config, parts.layer, indices)
         self.norm = None
         if indices.stop == config.num_hidden_layers:
-            self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+            self.norm = parts.norm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(self, hidden: Tensor, positions: Tensor) -> Tensor:
         residual: Any = None
@@ -91,18 +109,14 @@ class RevMuxDecoderForSequenceClassification(RevMuxForSequenceClassification):
     weights_mapper = LlamaModel.hf_to_vllm_mapper
 
     embeddings_name = "model.embed_tokens.weight"
-    layer_class: ClassVar[type[nn.Module]]
+    parts: ClassVar[Parts]
 
     def build(self, vllm_config: VllmConfig) -> list[list[Any]]:
-        layer_class = self.layer_class
+        parts = self.parts
         with set_model_tag("revmux_lower"):
-            self.lower = LowerTrunk(
-                vllm_config=vllm_config, layer_class=layer_class, num_layers=self.bounds[0]
-            )
+            self.lower = LowerTrunk(vllm_config=vllm_config, parts=parts, num_layers=self.bounds[0])
         self.upper = self.segments(
-            lambda indices: UpperTrunk(
-                vllm_config=vllm_config, layer_class=layer_class, indices=indices
-            )
+            lambda indices: UpperTrunk(vllm_config=vllm_config, parts=parts, indices=indices)
         )
         self.build_score(vllm_config)
         return [
@@ -122,16 +136,20 @@ class RevMuxDecoderForSequenceClassification(RevMuxForSequenceClassification):
 
 
 class RevMuxLlamaForSequenceClassification(RevMuxDecoderForSequenceClassification):
-    layer_class = LlamaDecoderLayer
+    parts = Parts(LlamaDecoderLayer)
 
 
 class RevMuxMistralForSequenceClassification(RevMuxDecoderForSequenceClassification):
-    layer_class = MistralDecoderLayer
+    parts = Parts(MistralDecoderLayer)
 
 
 class RevMuxQwen2ForSequenceClassification(RevMuxDecoderForSequenceClassification):
-    layer_class = Qwen2DecoderLayer
+    parts = Parts(Qwen2DecoderLayer)
 
 
 class RevMuxQwen3ForSequenceClassification(RevMuxDecoderForSequenceClassification):
-    layer_class = Qwen3DecoderLayer
+    parts = Parts(Qwen3DecoderLayer)
+
+
+class RevMuxGemmaForSequenceClassification(RevMuxDecoderForSequenceClassification):
+    parts = Parts(GemmaDecoderLayer, GemmaRMSNorm, scales_embeddings=True)
