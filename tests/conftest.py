@@ -50,9 +50,19 @@ def random_prompts(seed: int, count: int, longest: int = 300) -> list[list[int]]
     return prompts
 
 
+WINDOWS: dict[str, Any] = {
+    "sliding_window": 24,
+    "layer_types": ["sliding_attention", "full_attention"] * 2 + ["sliding_attention"],
+}
+"""Of up to five layers."""
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "t5-v1.1": ("t5", {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
     "llama-tied": ("llama", {"tie_word_embeddings": True}),
+    "qwen2-windows": ("qwen2", {"use_sliding_window": True} | WINDOWS),
+    "qwen3-windows": ("qwen3", {"use_sliding_window": True} | WINDOWS),
+    "ministral": ("ministral", WINDOWS),
+    "mistral": ("mistral", {"sliding_window": 24}),
+    "gemma3_text": ("gemma3_text", WINDOWS),
 }
 """Backbones with other options than their family's own: the family and those."""
 
@@ -84,7 +94,9 @@ def tiny_config(family: str, hidden_size: int, num_layers: int, num_labels: int)
             "num_heads": hidden_size // 32,
             "decoder_start_token_id": 0,
         }
-    return AutoConfig.for_model(name, **sizes | more, pad_token_id=0, num_labels=num_labels)
+    if "layer_types" in more:
+        sizes["layer_types"] = more["layer_types"][:num_layers]
+    return AutoConfig.for_model(name, **more | sizes, pad_token_id=0, num_labels=num_labels)
 
 
 def save_backbone(

@@ -180,3 +180,16 @@ def test_the_bundled_checkpoint_is_whole_and_small() -> None:
     assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 25e6
     with pytest.raises(ValueError, match="no such folder; bundled are revmux-llama"):
         bundled.resolve("nothing-here")
+
+
+@pytest.mark.parametrize(("family", "theirs"), [("llama", "Llama"), ("gemma3_text", "Gemma3")])
+def test_vllm_alone_gets_the_backbone_under_a_name_that_it_knows(
+    family: str, theirs: str, tmp_path: Path
+) -> None:
+    folder = make_tiny_checkpoint(tmp_path, family=family, bundle_backbone=False)
+    (tmp_path / "links").mkdir()
+    plain = Path(checkpoint.plain_backbone(folder, tmp_path / "links"))
+    architectures = json.loads((plain / "config.json").read_text())["architectures"]
+    assert architectures == [f"{theirs}ForSequenceClassification"]
+    weights = (plain / "model.safetensors").resolve()
+    assert weights == tmp_path / "backbone" / "model.safetensors"

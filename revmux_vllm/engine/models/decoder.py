@@ -1,5 +1,6 @@
 """LLaMA and the relatives that share its module shape in vLLM: one class, a row for each."""
 
+import copy
 import inspect
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -12,12 +13,14 @@ from vllm.config import VllmConfig
 from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.models.gemma import GemmaDecoderLayer
+from vllm.model_executor.models.gemma3 import Gemma3DecoderLayer
 from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaModel
 from vllm.model_executor.models.mistral import MistralDecoderLayer
 from vllm.model_executor.models.qwen2 import Qwen2DecoderLayer
 from vllm.model_executor.models.qwen3 import Qwen3DecoderLayer
 from vllm.model_executor.models.utils import WeightsMapper
 
+from revmux_vllm.backbones.loading import attention_windows
 from revmux_vllm.engine.models.base import RevMuxForSequenceClassification
 
 
@@ -84,16 +87,30 @@ class UpperTrunk(nn.Module):
 
 def _layers(vllm_config: VllmConfig, layer_class: type[nn.Module], indices: range) -> nn.ModuleDict:
     """Decoder layers under the names that the backbone's checkpoint gives them."""
-    options: dict[str, Any] = {"vllm_config": vllm_config}
-    if "vllm_config" not in inspect.signature(layer_class).parameters:
-        options = {
-            "config": vllm_config.model_config.hf_config,
-            "cache_config": vllm_config.cache_config,
-            "quant_config": vllm_config.quant_config,
-        }
-    return nn.ModuleDict(
-        {str(i): layer_class(**options, prefix=f"model.layers.{i}") for i in indices}
-    )
+    windows = attention_windows(vllm_config.model_config.hf_config)
+    layers = nn.ModuleDict()
+    for i in indices:
+        own = _within(vllm_config, windows[i])
+        options: dict[str, Any] = {"vllm_config": own}
+        if "vllm_config" not in inspect.signature(layer_class).parameters:
+            options = {
+                "config": own.model_config.hf_config,
+                "cache_config": own.cache_config,
+                "quant_config": own.quant_config,
+            }
+        layers[str(i)] = layer_class(**options, prefix=f"model.layers.{i}")
+    return layers
+
+
+def _within(vllm_config: VllmConfig, window: int | None) -> VllmConfig:
+    """The config of a layer with an attention window of its own.
+
+    Of vLLM's layers not all know ``layer_types``, but all ask the cache's config.
+    """
+    own = copy.copy(vllm_config)
+    own.cache_config = copy.copy(vllm_config.cache_config)
+    own.cache_config.sliding_window = window
+    return own
 
 
 class RevMuxDecoderForSequenceClassification(RevMuxForSequenceClassification):
@@ -143,6 +160,12 @@ class RevMuxMistralForSequenceClassification(RevMuxDecoderForSequenceClassificat
     parts = Parts(MistralDecoderLayer)
 
 
+class RevMuxMinistralForSequenceClassification(RevMuxDecoderForSequenceClassification):
+    """Mistral whose layers differ in their windows; vLLM's layer knows both."""
+
+    parts = Parts(MistralDecoderLayer)
+
+
 class RevMuxQwen2ForSequenceClassification(RevMuxDecoderForSequenceClassification):
     parts = Parts(Qwen2DecoderLayer)
 
@@ -153,3 +176,7 @@ class RevMuxQwen3ForSequenceClassification(RevMuxDecoderForSequenceClassificatio
 
 class RevMuxGemmaForSequenceClassification(RevMuxDecoderForSequenceClassification):
     parts = Parts(GemmaDecoderLayer, GemmaRMSNorm, scales_embeddings=True)
+
+
+class RevMuxGemma3TextForSequenceClassification(RevMuxDecoderForSequenceClassification):
+    parts = Parts(Gemma3DecoderLayer, GemmaRMSNorm, scales_embeddings=True)
