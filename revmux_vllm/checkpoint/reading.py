@@ -160,7 +160,10 @@ def _check_named_backbone(folder: Path, values: dict[str, Any]) -> None:
             cure="put it back, or write there where it is now (`bundle_backbone` would have copied "
             "it)",
         )
-    found = read_json(named)
+    from transformers import AutoConfig
+
+    # As the checkpoint's was read: a Mistral with ``layer_types`` becomes a Ministral.
+    found = AutoConfig.from_pretrained(named.parent).to_dict()
     differing = [
         f"{key}: {found[key]!r} in the backbone, {values[key]!r} here"
         for key in ("model_type", "hidden_size", "num_hidden_layers", "d_model", "num_layers")
