@@ -4,7 +4,7 @@ Every mistake in it is collected and raised at once, before an engine or a train
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from revmux_vllm.errors import UserError, raise_all, within
@@ -50,7 +50,7 @@ class RevMuxConfig:
     score_template: str | None = None
     backbone: str | None = None
     backbone_revision: str | None = None
-    fingerprint: Mapping[str, Any] | None = None
+    fingerprint: Mapping[str, Any] | None = field(default=None, hash=False)
     max_tokens: int | None = None
     format_version: int = FORMAT_VERSION
 

@@ -36,6 +36,7 @@ class Family:
         has_kv_cache: vLLM keeps keys and values in pages.
         positions_behind_padding: positions count from behind the padding token's id.
         nce_weight: the paper's weight of InfoNCE.
+        vllm_name: of the family where vLLM does not find transformers' classifier by its own.
         refuses: what cannot work, to the reason and the cure.
     """
 
@@ -47,6 +48,7 @@ class Family:
     has_kv_cache: bool = True
     positions_behind_padding: bool = False
     nce_weight: float = 0.5
+    vllm_name: str = ""
     refuses: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -57,6 +59,8 @@ class Family:
     @property
     def plain_architecture(self) -> str:
         """vLLM's own class for the backbone alone."""
+        if self.vllm_name:
+            return f"{self.vllm_name}ForSequenceClassification"
         return self.architecture.removeprefix("RevMux")
 
     def load_backbone_class(self) -> Any:
@@ -64,12 +68,13 @@ class Family:
         return resolve_name(self.backbone)
 
 
-def _decoder(model_type: str, name: str) -> Family:
+def _decoder(model_type: str, name: str, vllm_name: str = "") -> Family:
     return Family(
         model_type,
         backbone="revmux_vllm.backbones.decoder:DecoderBackbone",
         engine_model=f"revmux_vllm.engine.models.decoder:RevMux{name}ForSequenceClassification",
         ends=Ends(has_sink=True),
+        vllm_name=vllm_name,
     )
 
 
@@ -106,8 +111,11 @@ FAMILIES = {
         ),
         _decoder("llama", "Llama"),
         _decoder("mistral", "Mistral"),
+        _decoder("ministral", "Ministral", vllm_name="Mistral"),
         _decoder("qwen2", "Qwen2"),
         _decoder("qwen3", "Qwen3"),
+        _decoder("gemma", "Gemma"),
+        _decoder("gemma3_text", "Gemma3Text", vllm_name="Gemma3"),
         Family(
             "t5",
             backbone="revmux_vllm.backbones.t5:T5Backbone",

@@ -50,19 +50,27 @@ def random_prompts(seed: int, count: int, longest: int = 300) -> list[list[int]]
     return prompts
 
 
-def save_backbone(
-    family: str,
-    folder: Path,
-    language_model: bool = False,
-    *,
-    hidden_size: int = 64,
-    num_layers: int = 4,
-    num_labels: int = 3,
-) -> None:
-    """A random backbone of some family in float32, and the word tokenizer beside it."""
-    torch.manual_seed(0)
-    variants = {"t5-v1.1": "t5", "llama-tied": "llama", "modernbert-mean": "modernbert"}
-    name = variants.get(family, family)
+WINDOWS: dict[str, Any] = {
+    "sliding_window": 24,
+    "layer_types": ["sliding_attention", "full_attention"] * 2 + ["sliding_attention"],
+}
+"""Of up to five layers."""
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "t5-v1.1": ("t5", {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
+    "llama-tied": ("llama", {"tie_word_embeddings": True}),
+    "qwen2-windows": ("qwen2", {"use_sliding_window": True} | WINDOWS),
+    "qwen3-windows": ("qwen3", {"use_sliding_window": True} | WINDOWS),
+    "ministral": ("ministral", WINDOWS),
+    "mistral": ("mistral", {"sliding_window": 24}),
+    "gemma3_text": ("gemma3_text", WINDOWS),
+    "modernbert-mean": ("modernbert", {}),
+}
+"""Backbones with other options than their family's own: the family and those."""
+
+
+def tiny_config(family: str, hidden_size: int, num_layers: int, num_labels: int) -> Any:
+    """Of a random backbone of some family, or variant of one."""
+    name, more = VARIANTS.get(family, (family, {}))
     sizes: dict[str, Any] = {
         "vocab_size": VOCAB_SIZE,
         "hidden_size": hidden_size,
@@ -90,17 +98,34 @@ def save_backbone(
             "num_heads": hidden_size // 32,
             "decoder_start_token_id": 0,
         }
-        if family == "t5-v1.1":
-            sizes |= {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
-    if family == "llama-tied":
-        sizes["tie_word_embeddings"] = True
-    config = AutoConfig.for_model(name, **sizes, pad_token_id=0, num_labels=num_labels)
+    if "layer_types" in more:
+        sizes["layer_types"] = more["layer_types"][:num_layers]
+    return AutoConfig.for_model(name, **more | sizes, pad_token_id=0, num_labels=num_labels)
+
+
+def save_backbone(
+    family: str,
+    folder: Path,
+    language_model: bool = False,
+    *,
+    hidden_size: int = 64,
+    num_layers: int = 4,
+    num_labels: int = 3,
+) -> None:
+    """A random backbone of some family in float32, and the word tokenizer beside it."""
+    torch.manual_seed(0)
+    config = tiny_config(family, hidden_size, num_layers, num_labels)
     kind: Any = AutoModelForSequenceClassification
-    if name == "t5":
+    if config.model_type == "t5":
         kind = AutoModelForSeq2SeqLM
     elif language_model:
         kind = AutoModelForCausalLM
-    kind.from_config(config).save_pretrained(folder)
+    model = kind.from_config(config)
+    if family.startswith("gemma"):  # whose norms begin at zero, one and all
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(folder)
     write_as_others_do(family, folder, hidden_size)
     word_tokenizer().save_pretrained(folder)
 

@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_tiny_checkpoint
+from conftest import make_tiny_checkpoint, save_backbone
 from safetensors.torch import load_file, save_file
 
 from revmux_vllm import bundled, checkpoint
+from revmux_vllm.adapters.kinds import AdapterLadder
+from revmux_vllm.config import RevMuxConfig
+from revmux_vllm.rungs import Rung
 
 
 @pytest.fixture
@@ -180,3 +183,26 @@ def test_the_bundled_checkpoint_is_whole_and_small() -> None:
     assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 25e6
     with pytest.raises(ValueError, match="no such folder; bundled are revmux-llama"):
         bundled.resolve("nothing-here")
+
+
+@pytest.mark.parametrize(("family", "theirs"), [("llama", "Llama"), ("gemma3_text", "Gemma3")])
+def test_vllm_alone_gets_the_backbone_under_a_name_that_it_knows(
+    family: str, theirs: str, tmp_path: Path
+) -> None:
+    folder = make_tiny_checkpoint(tmp_path, family=family, bundle_backbone=False)
+    (tmp_path / "links").mkdir()
+    plain = Path(checkpoint.plain_backbone(folder, tmp_path / "links"))
+    architectures = json.loads((plain / "config.json").read_text())["architectures"]
+    assert architectures == [f"{theirs}ForSequenceClassification"]
+    weights = (plain / "model.safetensors").resolve()
+    assert weights == tmp_path / "backbone" / "model.safetensors"
+
+
+def test_a_mistral_with_kinds_of_layers_is_a_ministral(tmp_path: Path) -> None:
+    """For transformers, and so for a checkpoint over it."""
+    save_backbone("ministral", tmp_path / "backbone")
+    change_config(tmp_path / "backbone", lambda values: values.update(model_type="mistral"))
+    ladder = AdapterLadder(RevMuxConfig((Rung(1, 2),), prefill_layers=1), 64)
+    checkpoint.save(tmp_path / "out", ladder, tmp_path / "backbone", "# card\n")
+    assert checkpoint.validate(tmp_path / "out").backbone == str(tmp_path / "backbone")
+    assert checkpoint.read_config(tmp_path / "out")[1]["model_type"] == "ministral"

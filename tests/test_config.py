@@ -24,6 +24,12 @@ def test_it_round_trips() -> None:
     assert RevMuxConfig.from_dict(config.to_dict()) == config
 
 
+def test_it_can_be_a_key() -> None:
+    """As in ``revmux bench``, also where the backbone has a folder of its own."""
+    named = GOOD | {"backbone": "/somewhere", "fingerprint": {"weights": "0"}}
+    assert len({RevMuxConfig.from_dict(values) for values in (GOOD, named, named)}) == 2
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -80,7 +80,8 @@ class PrefixCache(DynamicCache):
         here = layer_idx - self.first
         if here >= len(self.layers):
             return super().update(key_states, value_states, here, *args, **kwargs)
-        kept, count = self.layers[here], len(key_states)
+        kept: Any = self.layers[here]
+        count = len(key_states)
         return (
             torch.cat([kept.keys.expand(count, -1, -1, -1), key_states], dim=-2),
             torch.cat([kept.values.expand(count, -1, -1, -1), value_states], dim=-2),

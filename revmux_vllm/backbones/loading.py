@@ -11,6 +11,26 @@ from revmux_vllm.backbones.base import Backbone, LabelWords
 from revmux_vllm.errors import UserError
 from revmux_vllm.families import LABEL_WORDS, OWN_HEAD, family_of
 
+FULL, SLIDING = "full_attention", "sliding_attention"
+"""Kinds of layers, as transformers calls them."""
+_NOT_COMPUTED = ("use_bidirectional_attention", "attn_logit_softcapping", "final_logit_softcapping")
+"""Keys of decoders' configs that the engine has nothing for."""
+_ANOTHER = "train another backbone"
+
+
+def attention_windows(config: Any) -> list[int | None]:
+    """How many rows a row of each layer attends to, itself among them; None: all before it.
+
+    Read as transformers reads it, which passes over keys that are not of the family.
+    """
+    has = type(config)
+    window = config.sliding_window if hasattr(has, "sliding_window") else None
+    kinds = config.layer_types if hasattr(has, "layer_types") else None
+    return [
+        window if kind == SLIDING else None
+        for kind in kinds or [SLIDING] * config.num_hidden_layers
+    ]
+
 
 def check_family(config: Any, label_words: Sequence[str] | None = None) -> None:
     """Raise UserError unless a transformers ``config`` is of a family that can be cut.
@@ -24,6 +44,16 @@ def check_family(config: Any, label_words: Sequence[str] | None = None) -> None:
         raise UserError("`label_words`", refuses[LABEL_WORDS])
     if not label_words and OWN_HEAD in refuses:
         raise UserError(refuses[OWN_HEAD])
+    if given := [key for key in _NOT_COMPUTED if getattr(config, key, None)]:
+        raise UserError(f"{given[0]} in config.json is not supported", cure=_ANOTHER)
+    kinds = set(getattr(config, "layer_types", None) or ())
+    possible = {FULL, SLIDING} if hasattr(type(config), "layer_types") else {FULL}
+    if kinds - possible:
+        raise UserError(
+            "layer_types in config.json",
+            f"no {', '.join(sorted(kinds - possible))} in a {config.model_type} is supported",
+            cure=_ANOTHER,
+        )
 
 
 def most_positions(config: Any) -> int | None:

@@ -32,13 +32,23 @@ class ModernBertBackbone(Backbone):
         self.rotary = trunk.rotary_emb
 
     def lower(
-        self, input_ids: Tensor, lengths: Tensor, token_type_ids: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        lengths: Tensor,
+        token_type_ids: Tensor | None = None,
+        cache: Any = None,
     ) -> Tensor:
         rows = self.embeddings(input_ids=input_ids)
         return self.between(rows, lengths, None, 0, self.prefill_layers)
 
     def _between(
-        self, rows: Tensor, lengths: Tensor, positions: Tensor | None, first: int, last: int
+        self,
+        rows: Tensor,
+        lengths: Tensor,
+        positions: Tensor | None,
+        first: int,
+        last: int,
+        cache: Any = None,
     ) -> Tensor:
         if positions is None:
             positions = torch.arange(rows.shape[1], device=rows.device)[None]

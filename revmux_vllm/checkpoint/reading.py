@@ -160,7 +160,10 @@ def _check_named_backbone(folder: Path, values: dict[str, Any]) -> None:
             cure="put it back, or write there where it is now (`bundle_backbone` would have copied "
             "it)",
         )
-    found = read_json(named)
+    from transformers import AutoConfig
+
+    # As the checkpoint's was read: a Mistral with ``layer_types`` becomes a Ministral.
+    found = AutoConfig.from_pretrained(named.parent).to_dict()
     differing = [
         f"{key}: {found[key]!r} in the backbone, {values[key]!r} here"
         for key in ("model_type", "hidden_size", "num_hidden_layers", "d_model", "num_layers")
@@ -224,19 +227,21 @@ def named_backbone(folder: str | Path) -> str:
 
 
 def plain_backbone(folder: Path, target: Path) -> str:
-    """The backbone of a checkpoint as vLLM's own class loads it: without adapters beside it.
+    """The backbone of a checkpoint as vLLM's own class loads it: without adapters beside it, and
+    under the name that vLLM has for it.
 
     vLLM reads every safetensors file of a folder and refuses weights that its class does not know,
     so ``target`` becomes a folder of links to all the others.
     """
-    named = backbone_folder(folder)
-    if named != str(folder):
-        return named
-    for path in folder.iterdir():
+    named = Path(backbone_folder(folder))
+    values = read_json(named / "config.json")
+    family = family_of(values["model_type"])
+    if named != folder and not family.vllm_name:
+        return str(named)
+    for path in named.iterdir():
         if path.name not in (ADAPTER_FILE, "config.json"):
             (target / path.name).symlink_to(path.resolve())
-    _, values = read_config(folder)
-    del values["revmux"]
-    values["architectures"] = [family_of(values["model_type"]).plain_architecture]
+    values.pop("revmux", None)
+    values["architectures"] = [family.plain_architecture]
     (target / "config.json").write_text(json.dumps(values), encoding="utf-8")
     return str(target)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.forward_context import ForwardContext, get_forward_context
+from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionCGSupport,
@@ -113,6 +114,24 @@ def layout_of(
     if layout.paging is None:
         return layout
     return replace(layout, paging=on_device(layout.paging, common.block_table_tensor))
+
+
+def tell_windows_apart(model: nn.Module) -> None:
+    """Give layers that differ in their attention windows metadata of their own, by window.
+
+    A backend may plan a step's work by the window, and vLLM builds metadata once for all layers
+    whose backends have one name.
+    """
+    attentions = [module for module in model.modules() if isinstance(module, Attention)]
+    if len({attention.sliding_window for attention in attentions}) > 1:
+        for attention in attentions:
+            attention.attn_backend = _within(attention.attn_backend, attention.sliding_window)
+
+
+@functools.lru_cache
+def _within(underlying: type[AttentionBackend], window: int | None) -> type[AttentionBackend]:
+    """``underlying`` under another name."""
+    return subclass_attention_backend(f"Within{window}", underlying, underlying.get_builder_cls())
 
 
 @functools.lru_cache
@@ -220,9 +239,12 @@ def enter_with_fewer(
     context = get_forward_context()
     assert isinstance(context.attn_metadata, dict)
     by_layer: dict[str, Any] = context.attn_metadata
-    metadata = by_layer[names[0]].mux_rebuild(layout)
+    rebuilt: dict[int, Any] = {}  # layers of one window share their metadata
     for name in names:
-        by_layer[name] = metadata
+        before = by_layer[name]
+        if id(before) not in rebuilt:
+            rebuilt[id(before)] = before.mux_rebuild(layout)
+        by_layer[name] = rebuilt[id(before)]
     _set_slots(context, names, padded_size(layout.num_rows) - layout.num_rows)
 
 
@@ -231,10 +253,9 @@ def _set_slots(context: ForwardContext, names: Sequence[str], padding: int) -> N
     assert isinstance(context.slot_mapping, dict)
     assert isinstance(context.attn_metadata, dict)
     by_layer: dict[str, Any] = context.attn_metadata
-    slots = by_layer[names[0]].mux_slot_mapping
-    padded = nn.functional.pad(slots, (0, padding), value=PAD_SLOT_ID) if padding else slots
+    padded: dict[int, Tensor] = {}  # layers of one window share their slots
     for name in names:
-        assert by_layer[name].mux_slot_mapping is slots, (
-            "upper layers of one kind share their slots"
-        )
-        context.slot_mapping[name] = padded
+        slots = by_layer[name].mux_slot_mapping
+        if id(slots) not in padded:
+            padded[id(slots)] = nn.functional.pad(slots, (0, padding), value=PAD_SLOT_ID)
+        context.slot_mapping[name] = padded[id(slots)]

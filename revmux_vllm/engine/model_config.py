@@ -14,7 +14,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from revmux_vllm import checkpoint
-from revmux_vllm.backbones.loading import most_positions
+from revmux_vllm.backbones.loading import attention_windows, check_family, most_positions
 from revmux_vllm.config import RevMuxConfig
 from revmux_vllm.engine.graphs import choose_capture_sizes
 from revmux_vllm.engine.guard import warn_of_open_routes
@@ -47,6 +47,8 @@ class RevMuxModelConfig(VerifyAndUpdateConfig):
             UserError: naming each option that cannot work as the user typed it, with the cure, or
                 what is wrong with the checkpoint.
         """
+        hf_config = vllm_config.model_config.hf_config
+        check_family(hf_config, RevMuxConfig.from_dict(hf_config.revmux).label_words)
         refuse_impossible_options(vllm_config)
         warn_of_open_routes(sys.argv[1:])
         if vllm_config.load_config.load_format != "dummy":
@@ -58,6 +60,7 @@ class RevMuxModelConfig(VerifyAndUpdateConfig):
         vllm_config.parallel_config.worker_cls = "revmux_vllm.engine.worker.RevMuxWorker"
         offer_stat_logger()
         choose_capture_sizes(vllm_config)
+        _keep_one_table(vllm_config)
         _keep_prefixes(vllm_config)
         _cap_length(vllm_config)
         choose_block_size(vllm_config)
@@ -105,15 +108,23 @@ def _offer_score_template(vllm_config: "VllmConfig") -> None:
     model.post_process_tokens = staticmethod(lambda prompt: None)
 
 
+def _keep_one_table(vllm_config: "VllmConfig") -> None:
+    """All layers keep all blocks of a sequence: where only some have an attention window, vLLM
+    would give these a table of blocks of their own."""
+    if len(set(attention_windows(vllm_config.model_config.hf_config))) > 1:
+        vllm_config.scheduler_config.disable_hybrid_kv_cache_manager = True
+
+
 def _keep_prefixes(vllm_config: "VllmConfig") -> None:
-    """Prefix caching as vLLM has it, but where a window would leave holes in a prefix."""
+    """Prefix caching as vLLM has it, but where windows would leave holes in a prefix: where all
+    layers have one, vLLM keeps the blocks inside alone."""
     cache, hf_config = vllm_config.cache_config, vllm_config.model_config.hf_config
     if not cache.enable_prefix_caching:
         return
     rungs = RevMuxConfig.from_dict(hf_config.revmux).rungs
     because = None
-    if getattr(hf_config, "sliding_window", None):
-        because = "attention has a sliding window"
+    if None not in attention_windows(hf_config):
+        because = "attention of every layer has a sliding window"
     elif max((rung.shortening for rung in rungs), default=1) > MOST_MERGED:
         because = f"more than {MOST_MERGED} tokens become one row"
     if because is not None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from vllm import envs
 
+from revmux_vllm.backbones.loading import attention_windows
 from revmux_vllm.engine.version import warn_of_other_version
 from revmux_vllm.errors import UserError
 from revmux_vllm.families import TENSOR_PARALLEL, Family, family_of
@@ -59,12 +60,6 @@ def _refused_tasks(vllm_config: "VllmConfig") -> Iterator[str]:
             f"--pooler-config pooling_type {pooler.seq_pooling_type}: of a composite's member only "
             f"the token that the backbone pools ({read_at}) is known; {_LEAVE_OUT}"
         )
-    layer_types = set(getattr(model.hf_config, "layer_types", None) or ())
-    if len(layer_types) > 1 and _family(vllm_config).has_kv_cache:
-        yield (
-            "layer_types in config.json: full and sliding attention mixed are not supported; serve "
-            "the backbone itself"
-        )
 
 
 def _refused_scheduling(vllm_config: "VllmConfig") -> Iterator[str]:
@@ -94,6 +89,12 @@ def _refused_caching(vllm_config: "VllmConfig") -> Iterator[str]:
         yield (
             f"--enable-prefix-caching: {family.model_type} keeps no keys and values of a prompt; "
             f"{_LEAVE_OUT}"
+        )
+    separate = vllm_config.scheduler_config.disable_hybrid_kv_cache_manager is False
+    if separate and len(set(attention_windows(vllm_config.model_config.hf_config))) > 1:
+        yield (
+            "--no-disable-hybrid-kv-cache-manager: composites have one table of blocks for layers "
+            f"with and without an attention window; {_LEAVE_OUT}"
         )
     transfer = vllm_config.kv_transfer_config
     if transfer is not None and transfer.kv_connector is not None:

@@ -124,8 +124,8 @@ class SharedBlocks:
         """What of the members' prefix is in the cache, or will be when they run."""
         first, *others = [member.block_hashes for member in members]
         common = min(member.num_tokens - 1 for member in members) // self._size
-        for own in others:  # names that are equal stand for all before them too
-            common = bisect_left(range(common), 1, key=lambda i, own=own: own[i] != first[i])
+        for own in others:
+            common = _common(first, own, common)
         names = self._named(rung, first[:common])
         if any(member.skip_reading_prefix_cache for member in members):
             return Prefix(names, 0, is_clean=False)
@@ -230,6 +230,12 @@ class SharedBlocks:
     def _block(self, name: BlockHash) -> KVCacheBlock | None:
         found = self._pool.get_cached_block(name, GROUPS)
         return found[0] if found else None
+
+
+def _common(one: Sequence[BlockHash], other: Sequence[BlockHash], most: int) -> int:
+    """Blocks that two requests begin with, at most ``most``; an equal name stands for all before
+    it."""
+    return bisect_left(range(most), 1, key=lambda i: one[i] != other[i])
 
 
 def names_of(rung: Rung, end: BlockHash) -> list[BlockHash]:

@@ -7,8 +7,8 @@ adapters train, so nothing below the cut and no teacher runs in the training loo
 import logging
 import os
 import shutil
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,11 +109,7 @@ def extract(
     vectors = torch.empty(len(ids), size)
     exits = torch.empty(len(ids), len(exit_layers), 2, size, dtype=torch.bfloat16)
     batches = list(batches_by_length(own_lengths, TOKENS_PER_BATCH))
-    seen: dict[int, Tensor] = {}
-    with ExitStack() as stack:
-        for layer in exit_layers:
-            hook = _keep(seen, layer)
-            stack.callback(backbone.layers[layer - 1].register_forward_hook(hook).remove)
+    with _watched(backbone, exit_layers) as seen:
         hidden[:shared], lower_cache, upper_cache = _start(backbone, ids[0][:shared], device)
         before = dict(seen)  # by layer, of what all begin with
         for index in followed(batches, f"backbone over {len(ids):,} rows, batches"):
@@ -176,6 +172,17 @@ def _check_last_tokens(
                 cure="give the backbone a padding token that no text has (pad_token_id of its "
                 "config), or take the token off the texts",
             )
+
+
+@contextmanager
+def _watched(backbone: Backbone, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+    """The states after some layers, of the last pass."""
+    seen: dict[int, Tensor] = {}
+    with ExitStack() as stack:
+        for layer in layers:
+            hook = _keep(seen, layer)
+            stack.callback(backbone.layers[layer - 1].register_forward_hook(hook).remove)
+        yield seen
 
 
 def _keep(seen: dict[int, Tensor], layer: int) -> Any:

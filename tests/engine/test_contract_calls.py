@@ -92,6 +92,8 @@ CALLS: list[tuple[str, str, tuple[Any, ...], dict[str, Any]]] = [
     ("models/decoder.py", f"{MODELS}.mistral:MistralDecoderLayer", (), DECODER),
     ("models/decoder.py", f"{MODELS}.qwen2:Qwen2DecoderLayer", (), LAYER),
     ("models/decoder.py", f"{MODELS}.qwen3:Qwen3DecoderLayer", (), LAYER),
+    ("models/decoder.py", f"{MODELS}.gemma:GemmaDecoderLayer", (), LAYER),
+    ("models/decoder.py", f"{MODELS}.gemma3:Gemma3DecoderLayer", (), LAYER),
     ("models/encoder.py", f"{MODELS}.bert:BertLayer", (), LAYER),
     ("models/encoder.py", f"{MODELS}.bert:BertPooler", ("model_config",), {}),
     ("models/encoder.py", f"{MODELS}.bert:_encode_token_type_ids", ("ids", "types"), {}),

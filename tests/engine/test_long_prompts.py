@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from async_scheduling import scheduling
-from conftest import SMALL, RecordingEngine, random_prompts
+from conftest import SMALL, RecordingEngine, make_tiny_checkpoint, random_prompts
 from lone_scheduler import lone_scheduler
 from stepping import LONGER, MAX_TOKENS, NUM_BLOCKS, request, run_model, vllm_config
 from test_parity import FLOAT32_TOLERANCE, Reference, reference_of
@@ -16,6 +16,7 @@ from vllm import PoolingParams, TokensPrompt
 from vllm.platforms.cpu import CpuPlatform
 from vllm.v1.request import RequestStatus
 
+from revmux_vllm import checkpoint
 from revmux_vllm.engine.metrics import take_counts
 from revmux_vllm.engine.plain import PlainEngine
 from revmux_vllm.rungs import Rung
@@ -109,16 +110,18 @@ def check_chunks(engine: RecordingEngine, prompts: list[list[int]]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text"])  # windows: none, all, some
 def test_an_engine_with_short_steps(
-    tiny_checkpoint: Path, make_engine: Callable[..., RecordingEngine]
+    family: str, tmp_path: Path, make_engine: Callable[..., RecordingEngine]
 ) -> None:
     """Its answers are the reference's, and those of long prompts plain vLLM's."""
     options: dict[str, Any] = {"max_num_batched_tokens": STEP_TOKENS, "max_num_seqs": 16}
-    engine, reference = make_engine(tiny_checkpoint, **options), reference_of(tiny_checkpoint)
+    folder = make_tiny_checkpoint(tmp_path, family=family)
+    engine, reference = make_engine(folder, **options), reference_of(folder)
     engine.run_at(Rung(mux=4))
-    plain = PlainEngine(
-        tiny_checkpoint.parent / "backbone", **SMALL, **options, enable_prefix_caching=False
-    )
+    (tmp_path / "plain").mkdir()
+    backbone = checkpoint.plain_backbone(folder, tmp_path / "plain")
+    plain = PlainEngine(backbone, **SMALL, **options, enable_prefix_caching=False)
     seen: set[str] = set()
     try:
         for seed in range(3):

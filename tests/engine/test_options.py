@@ -137,12 +137,27 @@ def test_modernbert_is_not_served_by_two_processes(tmp_path: Path) -> None:
         configure(folder, tensor_parallel_size=2)
 
 
-def test_layers_of_several_kinds_are_refused(tmp_path: Path) -> None:
+def test_layers_with_and_without_a_window_have_one_table_of_blocks(tmp_path: Path) -> None:
+    """And so prefixes that stay in the cache, which vLLM keeps no blocks of behind a window."""
+    mixed = make_tiny_checkpoint(tmp_path / "mixed", family="gemma3_text")
+    config = configure(mixed)
+    assert config.scheduler_config.disable_hybrid_kv_cache_manager
+    assert config.cache_config.enable_prefix_caching
+    with pytest.raises(ValueError, match="--no-disable-hybrid-kv-cache-manager: composites"):
+        configure(mixed, disable_hybrid_kv_cache_manager=False)
+    same = make_tiny_checkpoint(tmp_path / "same", family="mistral")
+    for options in ({}, {"disable_hybrid_kv_cache_manager": False}):
+        assert not configure(same, **options).cache_config.enable_prefix_caching
+
+
+def test_layers_of_another_kind_are_refused(tmp_path: Path) -> None:
     folder = make_tiny_checkpoint(tmp_path, family="qwen3")
     values = json.loads((folder / "config.json").read_text())
-    values["layer_types"][0] = "sliding_attention"
-    (folder / "config.json").write_text(json.dumps(values | {"sliding_window": 8}))
-    with pytest.raises(ValueError, match="full and sliding attention mixed"):
+    values["layer_types"][0] = "chunked_attention"
+    (folder / "config.json").write_text(json.dumps(values))
+    with pytest.raises(
+        ValueError, match=r"layer_types in config\.json: no chunked_attention in a qwen3"
+    ):
         configure(folder)
 
 

@@ -16,6 +16,7 @@ from conftest import ByCrowd, RecordingEngine, make_tiny_checkpoint, random_prom
 from contracts import UNDER_CONTRACT, Promised, check_contract, check_shadows
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
+from vllm.model_executor.layers.attention import Attention
 from word_tokenizers import VOCAB_SIZE, word_tokenizer
 
 from revmux_vllm import checkpoint
@@ -84,12 +85,23 @@ STOPS = "exit@3,mux:2@2,mux:4@3,mux:8"  # in one step: rows leave after every la
 MERGED_STOPS = "merge:2@2,merge:3+mux:2@3"
 ALL = f"exit@2,{MUX},{MERGE},{BOTH},{STOPS.removesuffix(',mux:8')},{MERGED_STOPS},exit"
 
-DECODERS = ["llama", "mistral", "qwen2", "qwen3"]
+MIXED_WINDOWS = ["qwen2-windows", "qwen3-windows", "ministral", "gemma3_text"]
+"""Of 24 rows in every other layer, and texts that are longer."""
+DECODERS = ["llama", "mistral", "qwen2", "qwen3", "gemma", *MIXED_WINDOWS]
 FAMILIES = [*DECODERS, "bert", "roberta", "xlm-roberta", "modernbert", "modernbert-mean"]
+WITH_PREFIXES = [family for family in DECODERS if family != "mistral"]
+"""Kept in the cache; every layer of that one has a window."""
+NOT_VLLMS = ["qwen2-windows", "qwen3-windows"]
+"""Backbones that vLLM has no classifier for."""
+SLOW_RELATIVES = [
+    *("mistral", "qwen2", "gemma", *MIXED_WINDOWS[:-1]),
+    *("roberta", "xlm-roberta", "modernbert"),
+]
 
 
 SLOW_BERT = pytest.param("bert", marks=pytest.mark.slow)
 SLOW_XLM = pytest.param("xlm-roberta", marks=pytest.mark.slow)
+SLOW_GEMMAS = [pytest.param(name, marks=pytest.mark.slow) for name in ("gemma", "gemma3_text")]
 SLOW_TIED = pytest.param("llama-tied", marks=pytest.mark.slow)
 
 
@@ -99,30 +111,29 @@ def all_but(*slow: str) -> list[Any]:
     return [pytest.param(family, marks=marks.get(family, [])) for family in FAMILIES]
 
 
-@pytest.mark.parametrize(
-    "family", all_but("mistral", "qwen2", "roberta", "xlm-roberta", "modernbert")
-)
+@pytest.mark.parametrize("family", all_but(*SLOW_RELATIVES))
 def test_float32(
     family: str,
     tmp_path: Path,
     make_engine: Callable[..., RecordingEngine],
     plain_vllm: Callable[[Path], PlainEngine],
 ) -> None:
-    folder = make_tiny_checkpoint(tmp_path, family=family, rungs=ALL)
+    folder = parity_checkpoint(tmp_path, family)
     promised = Promised(folder)
     engine, reference = make_engine(folder, **UNDER_CONTRACT), reference_of(folder)
     for kind in (MUX, BOTH, MIXED, EXIT, STOPS, MERGED_STOPS):
         check(engine, reference, kind)
     check_contract(engine, promised)
-    # Alone: the same weights in vLLM's own classifier, the same batches.
-    engine.planner.policy = ByCrowd(())
-    plain = plain_vllm(folder.parent / "backbone")
-    for seed, count in BATCHES:
-        prompts = random_prompts(seed, count)
-        probs, _, rungs = engine.answers(prompts)
-        assert set(rungs) == {Rung()}
-        expected = torch.tensor(plain.probabilities(prompts))
-        torch.testing.assert_close(probs, expected, rtol=0, atol=1e-6)
+    if family in MIXED_WINDOWS:  # others share prefixes in test_compiled
+        check(engine, reference, MERGE, make=sharing_prompts)
+        assert engine.cached_tokens
+        (windows,) = engine.llm.apply_model(windows_of_backends)
+        assert sorted(map(str, windows)) == ["{24}"] * 3 + ["{None}"] * 2
+    if family in NOT_VLLMS:
+        check(engine, reference, "")
+    else:
+        (tmp_path / "plain").mkdir()
+        check_alone(engine, plain_vllm(Path(checkpoint.plain_backbone(folder, tmp_path / "plain"))))
     if family in DECODERS:  # vLLM's CPU encoder takes no padding
         # Upper rows padded as for CUDA graphs, with NaN in them: nobody may notice.
         engine.llm.apply_model(pad_upper_rows)
@@ -130,6 +141,33 @@ def test_float32(
         check_contract(engine, promised)
     engine.llm.apply_model(shadow_everything)
     check_shadows(engine, promised)
+
+
+def windows_of_backends(model: Any) -> list[set[int | None]]:
+    """In the worker: of the layers that share metadata."""
+    found: dict[str, set[int | None]] = {}
+    for module in model.modules():
+        if isinstance(module, Attention):
+            name = module.attn_backend.__name__
+            found.setdefault(name, set()).add(module.sliding_window)
+    return list(found.values())
+
+
+def parity_checkpoint(root: Path, family: str, **options: Any) -> Path:
+    """With every kind of rung; of windows of both kinds some are between the same two stops."""
+    num_layers = 5 if family in MIXED_WINDOWS else 4
+    return make_tiny_checkpoint(root, family=family, num_layers=num_layers, rungs=ALL, **options)
+
+
+def check_alone(engine: RecordingEngine, plain: PlainEngine) -> None:
+    """The same weights in vLLM's own classifier, the same batches."""
+    engine.planner.policy = ByCrowd(())
+    for seed, count in BATCHES:
+        prompts = random_prompts(seed, count)
+        probs, _, rungs = engine.answers(prompts)
+        assert set(rungs) == {Rung()}
+        expected = torch.tensor(plain.probabilities(prompts))
+        torch.testing.assert_close(probs, expected, rtol=0, atol=1e-6)
 
 
 def shadow_everything(model: Any) -> None:
@@ -149,20 +187,21 @@ def pad_upper_rows(model: Any) -> None:
     all_but(*FAMILIES[1:]),
 )
 def test_compiled(family: str, tmp_path: Path, make_engine: Callable[..., RecordingEngine]) -> None:
-    folder = make_tiny_checkpoint(tmp_path, family=family, rungs=ALL)
+    folder = parity_checkpoint(tmp_path, family)
     promised, reference = Promised(folder), reference_of(folder)
     engine = make_engine(folder, enforce_eager=False, **UNDER_CONTRACT)
     for kind in (MUX, BOTH, MIXED, EXIT, STOPS, MERGED_STOPS):
         check(engine, reference, kind)
-    if family in DECODERS:
-        for kind in (MUX, MERGE):  # most of them behind a prefix
+    if family in DECODERS:  # most of them behind a prefix
+        for kind in (MUX, MERGE):
             check(engine, reference, kind, make=sharing_prompts)
-        assert engine.cached_tokens
+        assert bool(engine.cached_tokens) is (family in WITH_PREFIXES)
     check_contract(engine, promised)
 
 
 @pytest.mark.parametrize(
-    "family", ["t5", pytest.param("t5-v1.1", marks=pytest.mark.slow), "llama", SLOW_TIED]
+    "family",
+    ["t5", pytest.param("t5-v1.1", marks=pytest.mark.slow), "llama", SLOW_TIED, *SLOW_GEMMAS],
 )
 def test_label_words(
     family: str, tmp_path: Path, make_engine: Callable[..., RecordingEngine]
@@ -241,7 +280,7 @@ def reference(tiny_checkpoint: Path) -> Reference:
     return reference_of(tiny_checkpoint)
 
 
-@pytest.mark.parametrize("family", ["llama", SLOW_BERT, SLOW_XLM])
+@pytest.mark.parametrize("family", ["llama", SLOW_BERT, SLOW_XLM, *SLOW_GEMMAS])
 def test_tensor_parallel(
     family: str,
     tmp_path: Path,
@@ -252,15 +291,15 @@ def test_tensor_parallel(
     # Left to itself vLLM gives every worker a NUMA node, and most machines have one.
     cores = sorted(os.sched_getaffinity(0))
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{cores[0]}|{cores[-1]}")
-    folder = make_tiny_checkpoint(tmp_path, family=family, hidden_size=128, rungs=ALL)
+    folder = parity_checkpoint(tmp_path, family, hidden_size=128)
     promised, reference = Promised(folder), reference_of(folder)
     engine = make_engine(folder, tensor_parallel_size=2, **UNDER_CONTRACT)
     for kind in (MUX, BOTH):  # partial sums of two workers round elsewhere
         check(engine, reference, kind, 2 * FLOAT32_TOLERANCE)
-    if family == "llama":
+    if family != "bert":
         for kind in (MUX, MERGE):
             check(engine, reference, kind, 2 * FLOAT32_TOLERANCE, sharing_prompts)
-        assert engine.cached_tokens
+        assert bool(engine.cached_tokens) is (family in WITH_PREFIXES)
     check_contract(engine, promised, tolerance=2 * FLOAT32_TOLERANCE)
 
 

@@ -65,6 +65,7 @@ def test_one_mixed_step() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_the_whole_parity_matrix() -> None:
     """All but compiled layers."""
     out = pytest_with_v2(

@@ -23,9 +23,13 @@ def rows(instruction: int) -> data.LabelledText:
     return data.LabelledText(texts, [i % 3 for i in range(24)])
 
 
-@pytest.mark.parametrize("instruction", [16, 23])
-def test_parity(instruction: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = make_tiny_checkpoint(tmp_path, rungs=RUNGS)
+@pytest.mark.parametrize(
+    ("family", "instruction"), [("llama", 16), ("llama", 23), ("gemma3_text", 40), ("mistral", 40)]
+)
+def test_parity(
+    family: str, instruction: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_tiny_checkpoint(tmp_path, rungs=RUNGS, family=family)
     backbone = load_backbone(tmp_path / "backbone", 1)
     ladder = checkpoint.load_adapters(folder)
     exits = make_exits(LAYERS, backbone.hidden_size, 16, 3)

@@ -164,7 +164,10 @@ def test_the_papers_recipe_with_the_papers_adapters(
 
 @pytest.mark.parametrize(
     ("family", "words"),
-    [("bert", ""), ("modernbert-mean", ""), ("mistral", ""), ("qwen3", "w8,w7"), ("t5", "w8,w7")],
+    [
+        *(("bert", ""), ("modernbert-mean", ""), ("mistral", ""), ("gemma3_text", "")),
+        *(("qwen3", "w8,w7"), ("t5", "w8,w7")),
+    ],
 )
 def test_every_family_trains(family: str, words: str, train: Train, tmp_path: Path) -> None:
     dev = write_rows(tmp_path / "dev.tsv", 32, 1)

@@ -31,6 +31,7 @@ from revmux_vllm.engine.attention import (
     composite_attention_backend,
     enter_upper_layers,
     enter_with_fewer,
+    tell_windows_apart,
 )
 from revmux_vllm.engine.graphs import UpperGraphs
 from revmux_vllm.engine.layout import MuxLayout, RungLayout, make_layout, pooled_and_mean
@@ -109,7 +110,9 @@ class RevMuxForSequenceClassification(nn.Module, SupportsQuant, ABC):
             self.reads_sequences = self.contract is not None
         self.tail = tail
         self.upper_layer_names: dict[int, list[str]] = {}
-        for first, attentions in zip(self.bounds, self.build(vllm_config), strict=False):
+        parts = self.build(vllm_config)
+        tell_windows_apart(self)
+        for first, attentions in zip(self.bounds, parts, strict=False):
             for attention in attentions:
                 attention.attn_backend = composite_attention_backend(
                     attention.attn_backend, first, self.ends, self.reads_sequences, tail
