@@ -114,15 +114,10 @@ def extract(
         before = dict(seen)  # by layer, of what all begin with
         for index in followed(batches, f"backbone over {len(ids):,} rows, batches"):
             own = lengths[index].to(device)
-            low = backbone.lower(
-                _pad(ids, index, device, shared),
-                own,
-                None if types is None else _pad(types, index, device, shared),
-                lower_cache,
-            )
-            position = backbone.output_position(own) - shared
-            last = rows_at(backbone.upper(low, own, upper_cache), position)
-            vectors[index] = last.float().cpu()
+            its_types = None if types is None else _pad(types, index, device, shared)
+            low = backbone.lower(_pad(ids, index, device, shared), own, its_types, lower_cache)
+            last = backbone.upper(low, own, upper_cache)
+            vectors[index] = rows_at(last, backbone.output_position(own) - shared).float().cpu()
             position = backbone.pooled_position(own)
             for place, layer in enumerate(exit_layers):
                 state = skip_state(seen[layer], own, position, before.get(layer))
