@@ -136,10 +136,7 @@ def write_as_others_do(family: str, folder: Path, hidden_size: int) -> None:
         state = load_file(folder / "model.safetensors")
         state["lm_head.weight"] = torch.randn_like(state["shared.weight"])
         save_file(state, folder / "model.safetensors", {"format": "pt"})
-    if family in (
-        "roberta",
-        "xlm-roberta",
-    ):  # what the most downloaded ones hold and no classifier reads
+    if family in ("roberta", "xlm-roberta"):  # the most downloaded hold it, no classifier reads it
         state = load_file(folder / "model.safetensors")
         state["roberta.pooler.dense.weight"] = torch.randn(hidden_size, hidden_size)
         state["roberta.pooler.dense.bias"] = torch.randn(hidden_size)

@@ -14,10 +14,11 @@ from transformers.masking_utils import (
 )
 
 from revmux_vllm.backbones.base import Backbone, inside
+from revmux_vllm.backbones.loading import FULL, SLIDING
 
 MASKS = {
-    "full_attention": create_bidirectional_mask,
-    "sliding_attention": create_bidirectional_sliding_window_mask,
+    FULL: create_bidirectional_mask,
+    SLIDING: create_bidirectional_sliding_window_mask,
 }
 
 
