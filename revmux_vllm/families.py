@@ -36,7 +36,9 @@ class Family:
         has_kv_cache: vLLM keeps keys and values in pages.
         positions_behind_padding: positions count from behind the padding token's id.
         nce_weight: the paper's weight of InfoNCE.
-        vllm_name: of the family where vLLM does not find transformers' classifier by its own.
+        size_keys: of ``config.json``, for the channels of a row and for the number of layers.
+        vllm_name: of the family where vLLM does not find transformers' classifier by its own; None
+            where vLLM alone serves none.
         refuses: what cannot work, to the reason and the cure.
     """
 
@@ -48,7 +50,8 @@ class Family:
     has_kv_cache: bool = True
     positions_behind_padding: bool = False
     nce_weight: float = 0.5
-    vllm_name: str = ""
+    size_keys: tuple[str, str] = ("hidden_size", "num_hidden_layers")
+    vllm_name: str | None = ""
     refuses: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -57,8 +60,10 @@ class Family:
         return self.engine_model.partition(":")[2]
 
     @property
-    def plain_architecture(self) -> str:
-        """vLLM's own class for the backbone alone."""
+    def plain_architecture(self) -> str | None:
+        """vLLM's own class for the backbone alone; None where it has none."""
+        if self.vllm_name is None:
+            return None
         if self.vllm_name:
             return f"{self.vllm_name}ForSequenceClassification"
         return self.architecture.removeprefix("RevMux")
@@ -78,11 +83,13 @@ def _decoder(model_type: str, name: str, vllm_name: str = "") -> Family:
     )
 
 
-def _encoder(model_type: str, name: str, **more: Any) -> Family:
+def _encoder(
+    model_type: str, name: str, backbone: str = "Encoder", module: str = "encoder", **more: Any
+) -> Family:
     return Family(
         model_type,
-        backbone="revmux_vllm.backbones.encoder:EncoderBackbone",
-        engine_model=f"revmux_vllm.engine.models.encoder:RevMux{name}ForSequenceClassification",
+        backbone=f"revmux_vllm.backbones.encoder:{backbone}Backbone",
+        engine_model=f"revmux_vllm.engine.models.{module}:RevMux{name}ForSequenceClassification",
         ends=Ends(pools_first=True),
         has_kv_cache=False,
         refuses={LABEL_WORDS: f"a {model_type} classifier has a head of its own; leave it out"},
@@ -96,6 +103,15 @@ FAMILIES = {
         _encoder("bert", "Bert", nce_weight=0.25),
         _encoder("roberta", "Roberta", positions_behind_padding=True),
         _encoder("xlm-roberta", "XLMRoberta", positions_behind_padding=True),
+        _encoder("electra", "Electra", module="electra", vllm_name=None),
+        _encoder(
+            "distilbert",
+            "DistilBert",
+            backbone="DistilBert",
+            module="distilbert",
+            size_keys=("dim", "n_layers"),
+            vllm_name=None,
+        ),
         Family(
             "modernbert",
             backbone="revmux_vllm.backbones.modernbert:ModernBertBackbone",
@@ -122,6 +138,8 @@ FAMILIES = {
             engine_model="revmux_vllm.engine.models.t5:RevMuxT5ForSequenceClassification",
             word_model="AutoModelForSeq2SeqLM",
             has_kv_cache=False,
+            size_keys=("d_model", "num_layers"),
+            vllm_name=None,
             refuses={
                 OWN_HEAD: "a T5 backbone answers with words: give `label_words`, one word per "
                 "class. T5ForSequenceClassification is not supported: it reads the whole text a "

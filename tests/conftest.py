@@ -83,11 +83,23 @@ def tiny_config(family: str, hidden_size: int, num_layers: int, num_labels: int)
         # Large, so that tokens matter; not larger with the size, which would amplify rounding.
         "initializer_range": 1.6 / hidden_size**0.5,
     }
-    if name in ("bert", "roberta", "xlm-roberta", "gpt2", "modernbert"):
+    if name in ("bert", "roberta", "xlm-roberta", "electra", "gpt2", "modernbert"):
         del sizes["num_key_value_heads"], sizes["head_dim"]
     if name == "modernbert":  # layers 1 and 2 have a window: 16 rows to either side
         sizes |= {"max_position_embeddings": 2560, "local_attention": 32}
         sizes["classifier_pooling"] = "mean" if family == "modernbert-mean" else "cls"
+    if name == "electra":
+        sizes["embedding_size"] = hidden_size // 2
+    if name == "distilbert":
+        sizes = {
+            "vocab_size": VOCAB_SIZE,
+            "dim": hidden_size,
+            "hidden_dim": 2 * hidden_size,
+            "n_layers": num_layers,
+            "n_heads": hidden_size // 32,
+            "max_position_embeddings": 520,
+            "initializer_range": sizes["initializer_range"],
+        }
     if name == "t5":
         sizes = {
             "vocab_size": VOCAB_SIZE,

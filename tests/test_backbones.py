@@ -48,7 +48,7 @@ def test_a_classifier_keeps_its_logits(family: str, cut: int, tmp_path: Path) ->
     tokens = inside(LENGTHS, 9)
     ids = torch.randint(2, VOCAB_SIZE, (3, 9)) * tokens + ~tokens * whole.config.pad_token_id
     inputs: dict[str, Any] = {}
-    if family == "bert":
+    if family in ("bert", "electra"):
         inputs["token_type_ids"] = (torch.arange(9) > 2).long().expand(3, -1)
     expected = whole(input_ids=ids, attention_mask=tokens.long(), **inputs).logits
     torch.testing.assert_close(run(backbone, ids, **inputs), expected, atol=1e-5, rtol=1e-4)

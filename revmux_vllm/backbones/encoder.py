@@ -1,6 +1,6 @@
-"""BERT and the RoBERTas: attention both ways, read at the first token."""
+"""BERT and its kin: attention both ways, read at the first token."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from transformers.masking_utils import create_bidirectional_mask
@@ -9,14 +9,27 @@ from revmux_vllm.backbones.base import Backbone, inside, shared_copy
 
 
 class EncoderBackbone(Backbone):
-    """Read at ``[CLS]``, through the backbone's own pooler where it has one."""
+    """Read at ``[CLS]``, through the backbone's own pooler where it has one.
+
+    ELECTRA's embeddings may have fewer channels than its layers, and are projected to theirs.
+    """
+
+    encoder_name: ClassVar[str] = "encoder"
 
     def __init__(self, model: Any, prefill_layers: int, head: nn.Module | None = None) -> None:
         trunk = model.base_model
-        super().__init__(model, prefill_layers, head or FirstTokenHead(trunk.pooler, model))
-        self.layers = list(trunk.encoder.layer)
+        own_head = head or FirstTokenHead(getattr(trunk, "pooler", None), model)
+        super().__init__(model, prefill_layers, own_head)
+        self.encoder = getattr(trunk, self.encoder_name)
+        self.layers = list(self.encoder.layer)
         self.embeddings = trunk.embeddings
-        self.encoder = trunk.encoder
+        self.project = getattr(trunk, "embeddings_project", nn.Identity())
+
+    def embed(self, input_ids: Tensor, token_type_ids: Tensor | None) -> Tensor:
+        """Token ids (B, T) to the first layer's rows (B, T, D)."""
+        rows = self.embeddings(input_ids=input_ids, token_type_ids=token_type_ids)
+        projected: Tensor = self.project(rows)
+        return projected
 
     def lower(
         self,
@@ -25,7 +38,7 @@ class EncoderBackbone(Backbone):
         token_type_ids: Tensor | None = None,
         cache: Any = None,
     ) -> Tensor:
-        rows = self.embeddings(input_ids=input_ids, token_type_ids=token_type_ids)
+        rows = self.embed(input_ids, token_type_ids)
         return self.between(rows, lengths, None, 0, self.prefill_layers)
 
     def _between(
@@ -45,6 +58,21 @@ class EncoderBackbone(Backbone):
             attention_mask=inside(lengths, rows.shape[1]),
         )
         return encoder(rows, attention_mask=mask).last_hidden_state
+
+
+class DistilBertBackbone(EncoderBackbone):
+    """BERT's layers under another name, without token types and with a two-layer head."""
+
+    encoder_name = "transformer"
+
+    def __init__(self, model: Any, prefill_layers: int, head: nn.Module | None = None) -> None:
+        own_head = nn.Sequential(model.pre_classifier, nn.ReLU(), model.classifier)
+        super().__init__(model, prefill_layers, head or own_head)
+
+    def embed(self, input_ids: Tensor, token_type_ids: Tensor | None) -> Tensor:
+        """As in transformers, token types that a tokenizer brings are passed over."""
+        rows: Tensor = self.embeddings(input_ids=input_ids)
+        return rows
 
 
 class FirstTokenHead(nn.Module):

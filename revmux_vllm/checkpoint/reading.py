@@ -52,10 +52,9 @@ def read_config(folder: str | Path) -> tuple[RevMuxConfig, dict[str, Any]]:
 
 
 def backbone_shape(values: dict[str, Any]) -> tuple[int, int]:
-    """Hidden size and layers of a ``config.json``; T5 has names of its own for them."""
-    if "d_model" in values:
-        return int(values["d_model"]), int(values["num_layers"])
-    return int(values["hidden_size"]), int(values["num_hidden_layers"])
+    """Hidden size and layers of a ``config.json``."""
+    hidden_size, num_layers = family_of(values["model_type"]).size_keys
+    return int(values[hidden_size]), int(values[num_layers])
 
 
 def meta_ladder(config: RevMuxConfig, values: dict[str, Any]) -> AdapterLadder:
@@ -166,7 +165,7 @@ def _check_named_backbone(folder: Path, values: dict[str, Any]) -> None:
     found = AutoConfig.from_pretrained(named.parent).to_dict()
     differing = [
         f"{key}: {found[key]!r} in the backbone, {values[key]!r} here"
-        for key in ("model_type", "hidden_size", "num_hidden_layers", "d_model", "num_layers")
+        for key in ("model_type", *family_of(values["model_type"]).size_keys)
         if key in found and key in values and found[key] != values[key]
     ]
     config = RevMuxConfig.from_dict(values["revmux"])

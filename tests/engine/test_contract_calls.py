@@ -95,6 +95,8 @@ CALLS: list[tuple[str, str, tuple[Any, ...], dict[str, Any]]] = [
     ("models/decoder.py", f"{MODELS}.gemma:GemmaDecoderLayer", (), LAYER),
     ("models/decoder.py", f"{MODELS}.gemma3:Gemma3DecoderLayer", (), LAYER),
     ("models/encoder.py", f"{MODELS}.bert:BertLayer", (), LAYER),
+    ("models/electra.py", f"{MODELS}.bert:BertEmbedding", ("config",), {}),
+    ("models/electra.py", f"{MODELS}.bert:BertEmbedding.forward", (SELF, "ids", "positions"), {}),
     ("models/encoder.py", f"{MODELS}.bert:BertPooler", ("model_config",), {}),
     ("models/encoder.py", f"{MODELS}.bert:_encode_token_type_ids", ("ids", "types"), {}),
     ("models/encoder.py", f"{MODELS}.roberta:RobertaClassificationHead", ("model_config",), {}),

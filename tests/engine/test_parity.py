@@ -88,14 +88,17 @@ ALL = f"exit@2,{MUX},{MERGE},{BOTH},{STOPS.removesuffix(',mux:8')},{MERGED_STOPS
 MIXED_WINDOWS = ["qwen2-windows", "qwen3-windows", "ministral", "gemma3_text"]
 """Of 24 rows in every other layer, and texts that are longer."""
 DECODERS = ["llama", "mistral", "qwen2", "qwen3", "gemma", *MIXED_WINDOWS]
-FAMILIES = [*DECODERS, "bert", "roberta", "xlm-roberta", "modernbert", "modernbert-mean"]
+FAMILIES = [
+    *DECODERS,
+    *("bert", "roberta", "xlm-roberta", "electra", "distilbert", "modernbert", "modernbert-mean"),
+]
 WITH_PREFIXES = [family for family in DECODERS if family != "mistral"]
 """Kept in the cache; every layer of that one has a window."""
-NOT_VLLMS = ["qwen2-windows", "qwen3-windows"]
+NOT_VLLMS = ["qwen2-windows", "qwen3-windows", "electra", "distilbert"]
 """Backbones that vLLM has no classifier for."""
 SLOW_RELATIVES = [
     *("mistral", "qwen2", "gemma", *MIXED_WINDOWS[:-1]),
-    *("roberta", "xlm-roberta", "modernbert"),
+    *("roberta", "xlm-roberta", "electra", "distilbert", "modernbert"),
 ]
 
 

@@ -1,5 +1,6 @@
-"""BERT and the RoBERTas: attention both ways and no cache, read at the first token."""
+"""BERT and its kin: attention both ways and no cache, read at the first token."""
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 from vllm.compilation.backends import set_model_tag
 from vllm.compilation.decorators import support_torch_compile
-from vllm.config import VllmConfig
+from vllm.config import ModelConfig, VllmConfig
 from vllm.model_executor.models.bert import (
     TOKEN_TYPE_SHIFT,
     BertEmbedding,
@@ -28,11 +29,16 @@ class LowerTrunk(nn.Module):
     """Embeddings and prefill layers: one row per token of the batch."""
 
     def __init__(
-        self, *, vllm_config: VllmConfig, embedding_class: type[nn.Module], num_layers: int
+        self,
+        *,
+        vllm_config: VllmConfig,
+        config: Any,
+        embedding_class: type[nn.Module],
+        num_layers: int,
     ) -> None:
         super().__init__()
-        self.embeddings: Any = embedding_class(vllm_config.model_config.hf_config)
-        self.layers = _layers(vllm_config, range(num_layers))
+        self.embeddings: Any = embedding_class(config)
+        self.layers = _layers(vllm_config, config, range(num_layers))
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         return self.embeddings.word_embeddings(input_ids)
@@ -48,9 +54,9 @@ class LowerTrunk(nn.Module):
 class UpperTrunk(nn.Module):
     """Some of the remaining layers: one row per upper row. Positions are in the rows already."""
 
-    def __init__(self, *, vllm_config: VllmConfig, indices: range) -> None:
+    def __init__(self, *, vllm_config: VllmConfig, config: Any, indices: range) -> None:
         super().__init__()
-        self.layers = _layers(vllm_config, indices)
+        self.layers = _layers(vllm_config, config, indices)
 
     def forward(self, hidden: Tensor, positions: Tensor) -> Tensor:
         for layer in self.layers.values():
@@ -58,12 +64,12 @@ class UpperTrunk(nn.Module):
         return hidden
 
 
-def _layers(vllm_config: VllmConfig, indices: range) -> nn.ModuleDict:
+def _layers(vllm_config: VllmConfig, config: Any, indices: range) -> nn.ModuleDict:
     """Encoder layers under the names that the backbone's checkpoint gives them."""
     return nn.ModuleDict(
         {
             str(i): BertLayer(
-                config=vllm_config.model_config.hf_config,
+                config=config,
                 cache_config=vllm_config.cache_config,
                 quant_config=vllm_config.quant_config,
                 prefix=f"bert.encoder.layer.{i}",
@@ -111,9 +117,10 @@ class RevMuxBertForSequenceClassification(RevMuxForSequenceClassification):
 
     def build(self, vllm_config: VllmConfig) -> list[list[Any]]:
         model_config = vllm_config.model_config
+        config = self.bert_config(model_config.hf_config)
         # Between the texts of a pair; None where texts come singly, or types are not told apart.
         self.separator: int | None = None
-        if self.revmux.pairs and model_config.hf_config.type_vocab_size > 1:
+        if self.revmux.pairs and config.type_vocab_size > 1:
             tokenizer = AutoTokenizer.from_pretrained(model_config.tokenizer)
             if "token_type_ids" in tokenizer.model_input_names:
                 self.separator = tokenizer.sep_token_id
@@ -122,17 +129,22 @@ class RevMuxBertForSequenceClassification(RevMuxForSequenceClassification):
         with set_model_tag("revmux_lower"):
             self.lower = LowerTrunk(
                 vllm_config=vllm_config,
+                config=config,
                 embedding_class=self.embedding_class,
                 num_layers=self.bounds[0],
             )
         self.upper = self.segments(
-            lambda indices: UpperTrunk(vllm_config=vllm_config, indices=indices)
+            lambda indices: UpperTrunk(vllm_config=vllm_config, config=config, indices=indices)
         )
         self.build_head(vllm_config)
         return [
             [layer.get_submodule("attention.self.attn") for layer in part.layers.values()]
             for part in self.upper
         ]
+
+    def bert_config(self, hf_config: Any) -> Any:
+        """What vLLM's embeddings and layers read of the backbone's config."""
+        return hf_config
 
     def build_head(self, vllm_config: VllmConfig) -> None:
         """Set the head's modules, under the names of the backbone's checkpoint, and ``pooler``."""
@@ -177,15 +189,29 @@ class RevMuxBertForSequenceClassification(RevMuxForSequenceClassification):
         )
 
 
+class ClassificationHead(RobertaClassificationHead):
+    """RoBERTa's two layers, with any activation between them."""
+
+    def __init__(self, model_config: ModelConfig, activation: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(model_config)
+        self.activation = activation
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """(M, D) to (M, C)."""
+        logits: Tensor = self.out_proj(self.activation(self.dense(pooled)))
+        return logits
+
+
 class RevMuxRobertaForSequenceClassification(RevMuxBertForSequenceClassification):
     """Read by the backbone's own two-layer head; positions count from behind the padding token."""
 
     trunk_name = "roberta"
     embedding_class = RobertaEmbedding
+    activation: ClassVar[Callable[..., Tensor]] = staticmethod(torch.tanh)
 
     def build_head(self, vllm_config: VllmConfig) -> None:
         """Set the head's modules, under the names of the backbone's checkpoint, and ``pooler``."""
-        self.classifier = RobertaClassificationHead(vllm_config.model_config)
+        self.classifier = ClassificationHead(vllm_config.model_config, self.activation)
         self.pooler = classify_pooler(vllm_config, self.classifier)
 
     def answer(self, vectors: Tensor) -> Tensor:
