@@ -14,6 +14,7 @@ from revmux_vllm.backbones.base import inside
 from revmux_vllm.backbones.decoder import DecoderBackbone
 from revmux_vllm.backbones.loading import check_family, label_tokens, load_backbone
 from revmux_vllm.config import RevMuxConfig
+from revmux_vllm.errors import UserError
 from revmux_vllm.families import FAMILIES
 from revmux_vllm.reference import classify, rows_at
 from revmux_vllm.rungs import Rung, parse_rungs
@@ -146,6 +147,21 @@ def test_what_cannot_be_cut_is_refused(
     save_backbone(family, tmp_path, words is not None)
     with pytest.raises(ValueError, match=message):
         load_backbone(tmp_path, 1, words)
+
+
+@pytest.mark.parametrize("task", ["TokenClassification", "QuestionAnswering", "MultipleChoice"])
+@pytest.mark.parametrize("family", ["bert", "modernbert", "distilbert"])
+def test_models_of_other_tasks_are_refused(family: str, task: str) -> None:
+    """Some of them have the weights of a classifier, under the same names."""
+    config = tiny_config(family, 64, 4, 2)
+    loader: Any = getattr(transformers, f"AutoModelFor{task}")
+    with torch.device("meta"):
+        config.architectures = [type(loader.from_config(config)).__name__]
+    with pytest.raises(UserError, match=rf"For{task} in config\.json: it ") as error:
+        check_family(config)
+    assert error.value.cure
+    config.architectures = None  # of a config that somebody wrote
+    check_family(config)
 
 
 @pytest.mark.parametrize(

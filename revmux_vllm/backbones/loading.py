@@ -16,6 +16,25 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 _NOT_COMPUTED = ("use_bidirectional_attention", "attn_logit_softcapping", "final_logit_softcapping")
 """Keys of decoders' configs that the engine has nothing for."""
 _ANOTHER = "train another backbone"
+_NOT_APART = (
+    "one answer is read of a whole text, and tokens of a composite, or merged ones, cannot be told "
+    "apart again"
+)
+_OTHER_TASKS = {
+    "TokenClassification": (
+        f"it answers for every token; {_NOT_APART}",
+        "plain vLLM serves that of a BERT, RoBERTa or ModernBERT (/pooling), transformers any",
+    ),
+    "QuestionAnswering": (
+        f"it points at tokens; {_NOT_APART}",
+        "transformers serves it; whether a text answers a question is a classifier of pairs",
+    ),
+    "MultipleChoice": (
+        "it compares the scores of several texts",
+        "fine-tune a classifier of one label in its place: /rerank compares texts by its score",
+    ),
+}
+"""Ends of architectures whose answer is not that of one text, to the reason and the cure."""
 
 
 def attention_windows(config: Any) -> list[int | None]:
@@ -40,6 +59,9 @@ def check_family(config: Any, label_words: Sequence[str] | None = None) -> None:
         label_words: one word per class, for a language model that answers with words.
     """
     refuses = family_of(config.model_type).refuses
+    for name in config.architectures or ():
+        if task := _OTHER_TASKS.get(name.rpartition("For")[2]):
+            raise UserError(f"{name} in config.json", task[0], cure=task[1])
     if label_words and LABEL_WORDS in refuses:
         raise UserError("`label_words`", refuses[LABEL_WORDS])
     if not label_words and OWN_HEAD in refuses:
@@ -140,11 +162,11 @@ def load_backbone(
         problem = f"the weights cannot be read: {str(error).splitlines()[0]}"
         raise UserError(str(folder), problem, cure="is the folder complete?") from error
     if missing := sorted(loaded["missing_keys"]):
-        cure = (
-            "`label_words` needs a language model; for a classifier with a head leave it out"
-            if label_words
-            else "fine-tune it first, or give `label_words` for a language model"
-        )
+        cure = "fine-tune it first"
+        if label_words:
+            cure = "`label_words` needs a language model; for a classifier with a head leave it out"
+        elif LABEL_WORDS not in family_of(config.model_type).refuses:
+            cure += ", or give `label_words` for a language model"
         problem = f"not a trained {type(model).__name__}: no weights for {', '.join(missing[:3])}"
         raise UserError(str(folder), problem, cure=cure)
     words = LabelWords(model.lm_head.weight, tokens, output_scale(config)) if tokens else None

@@ -100,8 +100,8 @@ def offline(
 ) -> None:
     """The engine alone: every rung against plain vLLM, without HTTP or tokenising.
 
-    A backbone that answers with label words, which vLLM alone cannot serve, is compared with itself
-    alone on the same engine.
+    A backbone that vLLM alone cannot serve (label words, or a family that it has no class for) is
+    compared with itself alone on the same engine.
 
     Plain vLLM runs as it does by default, its prefix caching too, but no round finds more in the
     cache than the shared prefix.

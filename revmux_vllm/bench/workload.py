@@ -26,7 +26,7 @@ class Model:
         num_layers: layers L of the backbone.
         in_use: rungs that a server uses unless told otherwise.
         plain_architecture: vLLM's own class for the backbone; None where vLLM alone cannot serve
-            it, because it answers with label words.
+            it: it answers with label words, or vLLM has no class for its family.
     """
 
     name: str
@@ -75,8 +75,9 @@ def prepare(settings: OnlineSettings) -> Workload:
     if model.plain_architecture is None:
         raise UserError(
             model.name,
-            "it answers with label words; vLLM alone cannot serve that backbone, so there is "
-            "nothing to compare with",
+            "vLLM alone cannot serve a backbone that answers with label words, or of a family that "
+            "it has no class for, so there is nothing to compare with",
+            cure="`revmux bench offline` compares with the backbone alone",
         )
     read_options(settings.additional_config, model.config)
     lengths, texts = choose_texts(settings.lengths, settings.texts)

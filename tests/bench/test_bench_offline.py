@@ -97,12 +97,13 @@ def test_dummy_weights_need_no_tokenizer_in_the_engine(
         assert (options["load_format"], options["enforce_eager"]) == ("dummy", True)
 
 
-def test_the_baseline_of_label_words_is_the_backbone_alone(
-    tmp_path: Path, engines: SimpleNamespace
+@pytest.mark.parametrize(("family", "words"), [("t5", ("w1", "w2")), ("electra", None)])
+def test_what_vllm_cannot_serve_is_compared_with_the_backbone_alone(
+    family: str, words: tuple[str, ...] | None, tmp_path: Path, engines: SimpleNamespace
 ) -> None:
-    """Which vLLM alone cannot serve; ``online`` goes on refusing it."""
+    """It answers with label words, or vLLM has no class for it; ``online`` refuses it."""
     folder = make_tiny_checkpoint(
-        tmp_path, family="t5", rungs="mux:2", num_labels=2, label_words=("w1", "w2")
+        tmp_path, family=family, rungs="mux:2", num_labels=2, label_words=words
     )
     report = measured(str(folder))
     assert report["baseline"] == "alone"
@@ -115,7 +116,9 @@ def test_the_baseline_of_label_words_is_the_backbone_alone(
     assert "plain vLLM" not in result.output
     result = revmux(f"bench online {folder}")
     assert result.exit_code == 2
-    assert "it answers with label words; vLLM alone cannot serve that backbone" in result.output
+    said = " ".join(result.output.split())
+    assert "vLLM alone cannot serve a backbone that answers with label words, or of a fam" in said
+    assert "nothing to compare with; `revmux bench offline` compares with the backbone" in said
 
 
 def test_an_engine_that_does_not_start_is_told_and_the_other_is_closed(

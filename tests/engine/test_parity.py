@@ -15,9 +15,9 @@ import torch
 from conftest import ByCrowd, RecordingEngine, make_tiny_checkpoint, random_prompts
 from contracts import UNDER_CONTRACT, Promised, check_contract, check_shadows
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from vllm.model_executor.layers.attention import Attention
-from word_tokenizers import VOCAB_SIZE, word_tokenizer
+from word_tokenizers import VOCAB_SIZE, save_pair_tokenizer, word_tokenizer
 
 from revmux_vllm import checkpoint
 from revmux_vllm.backbones.loading import load_backbone
@@ -103,7 +103,9 @@ SLOW_RELATIVES = [
 
 
 SLOW_BERT = pytest.param("bert", marks=pytest.mark.slow)
-SLOW_XLM = pytest.param("xlm-roberta", marks=pytest.mark.slow)
+SLOW_ENCODERS = [
+    pytest.param(name, marks=pytest.mark.slow) for name in ("xlm-roberta", "electra", "distilbert")
+]
 SLOW_GEMMAS = [pytest.param(name, marks=pytest.mark.slow) for name in ("gemma", "gemma3_text")]
 SLOW_TIED = pytest.param("llama-tied", marks=pytest.mark.slow)
 
@@ -251,6 +253,32 @@ def test_a_bundled_backbone_in_shards(
     check(make_engine(folder), reference_of(folder), MUX)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["electra", "distilbert"])
+def test_token_types_count_where_the_backbone_has_them(
+    family: str, tmp_path: Path, make_engine: Callable[..., RecordingEngine]
+) -> None:
+    """By the first separator, or as `/score` brings them, as in transformers; DistilBERT has none,
+    whatever its tokenizer brings."""
+    folder = make_tiny_checkpoint(
+        tmp_path, family=family, rungs="mux:2", num_labels=1, pairs=True, bundle_backbone=False
+    )
+    save_pair_tokenizer(folder)
+    pair = ("w7 w8 w9", "w10 w11 [SEP] w12")
+    encoded = AutoTokenizer.from_pretrained(folder)(*pair, return_tensors="pt")
+    assert encoded["token_type_ids"].sum() == 5
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "backbone").eval()
+    with torch.no_grad():
+        expected = model(**encoded).logits.sigmoid().item()
+        untold = model(encoded["input_ids"]).logits.sigmoid().item()
+    assert (abs(expected - untold) > 1e-3) is (family == "electra")
+    engine = make_engine(folder)
+    probs, *_ = engine.answers(encoded["input_ids"].tolist())
+    assert probs.item() == pytest.approx(expected, abs=1e-5)
+    (scored,) = engine.llm.score(*pair)
+    assert scored.outputs.score == pytest.approx(expected, abs=1e-5)
+
+
 @pytest.mark.parametrize("family", ["llama", SLOW_BERT, "t5"])
 def test_merged_answers_do_not_depend_on_company(
     family: str, tmp_path: Path, make_engine: Callable[..., RecordingEngine]
@@ -283,7 +311,7 @@ def reference(tiny_checkpoint: Path) -> Reference:
     return reference_of(tiny_checkpoint)
 
 
-@pytest.mark.parametrize("family", ["llama", SLOW_BERT, SLOW_XLM, *SLOW_GEMMAS])
+@pytest.mark.parametrize("family", ["llama", SLOW_BERT, *SLOW_ENCODERS, *SLOW_GEMMAS])
 def test_tensor_parallel(
     family: str,
     tmp_path: Path,

@@ -12,7 +12,9 @@ from revmux_vllm.engine.models.names import BackboneNames
 ODD = ("bert.embeddings.position_ids", "cls.predictions.bias", "model.rotary_emb.inv_freq")
 
 
-@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "modernbert", "llama", "qwen2"])
+@pytest.mark.parametrize(
+    "family", ["bert", "roberta", "distilbert", "modernbert", "llama", "qwen2"]
+)
 def test_names_are_found_as_transformers_finds_them(family: str, tmp_path: Path) -> None:
     save_backbone(family, tmp_path)
     names = BackboneNames(AutoConfig.from_pretrained(tmp_path), None)

@@ -5,8 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Train, revmux, save_backbone, write_rows
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from conftest import Train, revmux, save_backbone, tiny_config, write_rows
+from transformers import (
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+)
+from word_tokenizers import word_tokenizer
 
 from revmux_vllm import bundled, errors
 from revmux_vllm.training import run
@@ -124,6 +130,27 @@ def test_a_backbone_that_answers_with_words_asks_for_them(train: Train, tmp_path
     assert result.exit_code == 2
     message = f"--backbone {tmp_path / 'backbone'}: a T5 backbone answers with words: give "
     assert f"{message}--label-words, one word per class" in " ".join(result.output.split())
+
+
+def test_a_model_that_answers_for_every_token_is_refused(train: Train, tmp_path: Path) -> None:
+    """A LLaMA's has the very weights of a classifier."""
+    config = tiny_config("llama", 64, 4, 2)
+    AutoModelForTokenClassification.from_config(config).save_pretrained(tmp_path / "backbone")
+    word_tokenizer().save_pretrained(tmp_path / "backbone")
+    result = train()
+    assert result.exit_code == 2
+    said = " ".join(result.output.split())
+    assert "LlamaForTokenClassification in config.json: it answers for every token; one ans" in said
+    assert "cannot be told apart again; plain vLLM serves that of a BERT" in said
+
+
+def test_a_backbone_without_a_head_is_to_be_fine_tuned(train: Train, tmp_path: Path) -> None:
+    config = tiny_config("bert", 64, 4, 2)
+    AutoModelForMaskedLM.from_config(config).save_pretrained(tmp_path / "backbone")
+    word_tokenizer().save_pretrained(tmp_path / "backbone")
+    said = " ".join(train().output.split())
+    assert "not a trained BertForSequenceClassification: no weights for bert.pooler" in said
+    assert said.endswith("classifier.bias; fine-tune it first"), "it cannot answer with words"
 
 
 def test_what_is_no_checkpoint_is_not_overwritten(train: Train, tmp_path: Path) -> None:
