@@ -133,6 +133,23 @@ FAMILIES = {
         _decoder("gemma", "Gemma"),
         _decoder("gemma3_text", "Gemma3Text", vllm_name="Gemma3"),
         Family(
+            "deberta-v2",  # and v3, which is another training of it
+            backbone="revmux_vllm.backbones.deberta:DebertaV2Backbone",
+            engine_model="revmux_vllm.engine.models.deberta"
+            ":RevMuxDebertaV2ForSequenceClassification",
+            ends=Ends(pools_first=True),
+            has_kv_cache=False,
+            vllm_name=None,
+            refuses={
+                LABEL_WORDS: "a deberta-v2 classifier has a head of its own; leave it out",
+                TENSOR_PARALLEL: "transformers' DeBERTa runs in one process; use 1, and "
+                "--data-parallel-size or replicas to scale out",
+                # Its products with positions are scaled behind the sum, and those of content were:
+                # mDeBERTa answered with NaN (microsoft/DeBERTa, issue 77).
+                FLOAT16: "DeBERTa may overflow in float16; --dtype bfloat16 or float32 is the cure",
+            },
+        ),
+        Family(
             "t5",
             backbone="revmux_vllm.backbones.t5:T5Backbone",
             engine_model="revmux_vllm.engine.models.t5:RevMuxT5ForSequenceClassification",

@@ -55,6 +55,12 @@ WINDOWS: dict[str, Any] = {
     "layer_types": ["sliding_attention", "full_attention"] * 2 + ["sliding_attention"],
 }
 """Of up to five layers."""
+RELATIVE: dict[str, Any] = {
+    "relative_attention": True,
+    "norm_rel_ebd": "layer_norm",
+    "pos_att_type": ["p2c", "c2p"],
+    "layer_norm_eps": 1e-7,
+}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "t5-v1.1": ("t5", {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
     "llama-tied": ("llama", {"tie_word_embeddings": True}),
@@ -64,6 +70,17 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("mistral", {"sliding_window": 24}),
     "gemma3_text": ("gemma3_text", WINDOWS),
     "modernbert-mean": ("modernbert", {}),
+    # As v3 is published, but for fewer buckets, so that long texts reach the last of them.
+    "deberta-v2": (
+        "deberta-v2",
+        RELATIVE | {"position_buckets": 16, "share_att_key": True, "position_biased_input": False},
+    ),
+    # What v2 may have and v3 has not.
+    "deberta-v2-rich": (
+        "deberta-v2",
+        RELATIVE | {"type_vocab_size": 2, "embedding_size": 48, "conv_kernel_size": 3},
+    ),
+    "deberta-v2-absolute": ("deberta-v2", {}),
 }
 """Backbones with other options than their family's own: the family and those."""
 
@@ -83,7 +100,7 @@ def tiny_config(family: str, hidden_size: int, num_layers: int, num_labels: int)
         # Large, so that tokens matter; not larger with the size, which would amplify rounding.
         "initializer_range": 1.6 / hidden_size**0.5,
     }
-    if name in ("bert", "roberta", "xlm-roberta", "electra", "gpt2", "modernbert"):
+    if name in ("bert", "roberta", "xlm-roberta", "electra", "gpt2", "modernbert", "deberta-v2"):
         del sizes["num_key_value_heads"], sizes["head_dim"]
     if name == "modernbert":  # layers 1 and 2 have a window: 16 rows to either side
         sizes |= {"max_position_embeddings": 2560, "local_attention": 32}

@@ -40,7 +40,11 @@ def run(backbone: Any, ids: torch.Tensor, **inputs: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    "family", [*(name for name in FAMILIES if name != "t5"), "modernbert-mean"]
+    "family",
+    [
+        *(name for name in FAMILIES if name != "t5"),
+        *("modernbert-mean", "deberta-v2-rich", "deberta-v2-absolute"),
+    ],
 )
 @pytest.mark.parametrize("cut", [1, 3])
 @torch.no_grad()
@@ -49,7 +53,7 @@ def test_a_classifier_keeps_its_logits(family: str, cut: int, tmp_path: Path) ->
     tokens = inside(LENGTHS, 9)
     ids = torch.randint(2, VOCAB_SIZE, (3, 9)) * tokens + ~tokens * whole.config.pad_token_id
     inputs: dict[str, Any] = {}
-    if family in ("bert", "electra"):
+    if family in ("bert", "electra", "deberta-v2-rich"):
         inputs["token_type_ids"] = (torch.arange(9) > 2).long().expand(3, -1)
     expected = whole(input_ids=ids, attention_mask=tokens.long(), **inputs).logits
     torch.testing.assert_close(run(backbone, ids, **inputs), expected, atol=1e-5, rtol=1e-4)

@@ -73,10 +73,12 @@ def prepare(settings: OnlineSettings) -> Workload:
     """
     model = read_model(settings.model, settings.load_format)
     if model.plain_architecture is None:
+        why = (
+            "it answers with label words" if model.config.label_words else "vLLM has no such class"
+        )
         raise UserError(
             model.name,
-            "vLLM alone cannot serve a backbone that answers with label words, or of a family that "
-            "it has no class for, so there is nothing to compare with",
+            f"{why}; vLLM alone cannot serve that backbone, so there is nothing to compare with",
             cure="`revmux bench offline` compares with the backbone alone",
         )
     read_options(settings.additional_config, model.config)

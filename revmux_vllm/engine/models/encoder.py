@@ -3,24 +3,21 @@
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer
 from vllm.compilation.backends import set_model_tag
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import ModelConfig, VllmConfig
 from vllm.model_executor.models.bert import (
-    TOKEN_TYPE_SHIFT,
     BertEmbedding,
     BertLayer,
     BertPooler,
     BertPoolingModel,
-    _encode_token_type_ids,
 )
 from vllm.model_executor.models.roberta import RobertaClassificationHead, RobertaEmbedding
 from vllm.model_executor.models.utils import WeightsMapper
 
 from revmux_vllm.engine.models.base import Layout, RevMuxForSequenceClassification
+from revmux_vllm.engine.models.pairs import separator_of_pairs, write_token_types
 from revmux_vllm.engine.models.parts import classify_pooler
 
 
@@ -79,33 +76,6 @@ def _layers(vllm_config: VllmConfig, config: Any, indices: range) -> nn.ModuleDi
     )
 
 
-def pair_token_type_ids(input_ids: Tensor, separator: int, layout: Layout) -> Tensor:
-    """Token types (num_rows,) of pairs: 1 behind the first separator of a sequence, else 0.
-
-    ``input_ids`` (num_rows,) may be padded behind the batch's tokens.
-    """
-    is_separator = (input_ids == separator).int()
-    before = is_separator.cumsum(0, dtype=torch.int32) - is_separator
-    at_start = before[layout.sequence_starts][layout.sequence_of_token]
-    types = torch.zeros_like(is_separator)
-    types[: layout.num_tokens] = (before[: layout.num_tokens] > at_start).int()
-    return types
-
-
-def brought(types: Tensor, guessed: Tensor, layout: Layout) -> Tensor:
-    """Token types (num_rows,) as each sequence brings them, and ``guessed`` where it brings none.
-
-    vLLM gives zeros (num_tokens,) to a sequence that brings none beside one that does.
-    """
-    own = layout.sequence_of_token
-    count = torch.zeros(len(layout.sequence_starts), dtype=types.dtype, device=types.device)
-    brings = count.index_add(0, own, types[: layout.num_tokens])[own] > 0
-    chosen = guessed.clone()
-    there = torch.where(brings, types[: layout.num_tokens], guessed[: layout.num_tokens])
-    chosen[: layout.num_tokens] = there
-    return chosen
-
-
 class RevMuxBertForSequenceClassification(RevMuxForSequenceClassification):
     """Read through the backbone's own pooler."""
 
@@ -118,14 +88,8 @@ class RevMuxBertForSequenceClassification(RevMuxForSequenceClassification):
     def build(self, vllm_config: VllmConfig) -> list[list[Any]]:
         model_config = vllm_config.model_config
         config = self.bert_config(model_config.hf_config)
-        # Between the texts of a pair; None where texts come singly, or types are not told apart.
-        self.separator: int | None = None
-        if self.revmux.pairs and config.type_vocab_size > 1:
-            tokenizer = AutoTokenizer.from_pretrained(model_config.tokenizer)
-            if "token_type_ids" in tokenizer.model_input_names:
-                self.separator = tokenizer.sep_token_id
-                self.reads_sequences = True
-                assert self.separator is not None, "token types, and no separator between texts"
+        self.separator = separator_of_pairs(model_config, self.revmux)
+        self.reads_sequences = self.separator is not None
         with set_model_tag("revmux_lower"):
             self.lower = LowerTrunk(
                 vllm_config=vllm_config,
@@ -164,19 +128,7 @@ class RevMuxBertForSequenceClassification(RevMuxForSequenceClassification):
     def set_token_type_ids(
         self, input_ids: Tensor, token_type_ids: Tensor | None, layout: Layout | None
     ) -> None:
-        """They ride in a high bit of the ids, as vLLM's own BERT has it.
-
-        A request of `/score` brings them. Texts of `/classify` bring none, and get them by their
-        first separator.
-        """
-        if self.separator is not None and layout is not None:
-            guessed = pair_token_type_ids(input_ids, self.separator, layout)
-            token_type_ids = (
-                guessed if token_type_ids is None else brought(token_type_ids, guessed, layout)
-            )
-        if token_type_ids is not None:
-            assert self.lower.embeddings.word_embeddings.num_embeddings < (1 << TOKEN_TYPE_SHIFT)
-            _encode_token_type_ids(input_ids, token_type_ids)
+        write_token_types(input_ids, token_type_ids, self.separator, layout)
 
     def weight_names(self) -> WeightsMapper:
         name = self.trunk_name
