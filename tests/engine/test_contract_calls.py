@@ -98,7 +98,6 @@ CALLS: list[tuple[str, str, tuple[Any, ...], dict[str, Any]]] = [
     ("models/electra.py", f"{MODELS}.bert:BertEmbedding", ("config",), {}),
     ("models/electra.py", f"{MODELS}.bert:BertEmbedding.forward", (SELF, "ids", "positions"), {}),
     ("models/encoder.py", f"{MODELS}.bert:BertPooler", ("model_config",), {}),
-    ("models/encoder.py", f"{MODELS}.bert:_encode_token_type_ids", ("ids", "types"), {}),
     ("models/encoder.py", f"{MODELS}.roberta:RobertaClassificationHead", ("model_config",), {}),
     (
         "models/modernbert.py",
@@ -108,7 +107,14 @@ CALLS: list[tuple[str, str, tuple[Any, ...], dict[str, Any]]] = [
     ),
     ("models/modernbert.py", f"{MODELS}.modernbert:ModernBertEmbeddings", ("config",), {}),
     ("models/modernbert.py", f"{MODELS}.modernbert:ModernBertPredictionHead", ("config",), {}),
-    ("models/t5.py", f"{LAYERS}.attention:EncoderOnlyAttention", (1, 64, 1.0), {"prefix": ""}),
+    (
+        "models/padded.py",
+        f"{LAYERS}.attention:EncoderOnlyAttention",
+        (1, 64, 1.0),
+        {"prefix": ""},
+    ),
+    ("models/pairs.py", f"{MODELS}.bert:_encode_token_type_ids", ("ids", "types"), {}),
+    ("models/deberta.py", f"{MODELS}.bert:_decode_token_type_ids", ("ids",), {}),
 ]
 
 

@@ -120,11 +120,16 @@ def test_roberta_takes_as_many_tokens_as_it_has_positions_for(tmp_path: Path) ->
     assert config.scheduler_config.max_model_len == 519
 
 
-def test_t5_is_not_served_in_float16_nor_by_two_processes(tmp_path: Path) -> None:
-    folder = make_tiny_checkpoint(tmp_path, family="t5", label_words=("w8", "w7"))
-    with pytest.raises(ValueError, match="--tensor-parallel-size 2: transformers' T5"):
+@pytest.mark.parametrize(
+    ("family", "name", "words"), [("t5", "T5", ("w8", "w7")), ("deberta-v2", "DeBERTa", None)]
+)
+def test_what_is_not_vllms_is_not_served_in_float16_nor_by_two_processes(
+    family: str, name: str, words: Any, tmp_path: Path
+) -> None:
+    folder = make_tiny_checkpoint(tmp_path, family=family, label_words=words)
+    with pytest.raises(ValueError, match=f"--tensor-parallel-size 2: transformers' {name}"):
         configure(folder, tensor_parallel_size=2)
-    with pytest.raises(ValueError, match="T5 overflows in float16"):
+    with pytest.raises(ValueError, match=f"{name} (may overflow|overflows) in float16"):
         EngineArgs(model=str(folder), dtype="float16").create_engine_config()
     chosen = EngineArgs(model=str(folder)).create_engine_config().model_config.dtype
     assert chosen == torch.bfloat16

@@ -13,7 +13,7 @@ ODD = ("bert.embeddings.position_ids", "cls.predictions.bias", "model.rotary_emb
 
 
 @pytest.mark.parametrize(
-    "family", ["bert", "roberta", "distilbert", "modernbert", "llama", "qwen2"]
+    "family", ["bert", "roberta", "distilbert", "modernbert", "deberta-v2", "llama", "qwen2"]
 )
 def test_names_are_found_as_transformers_finds_them(family: str, tmp_path: Path) -> None:
     save_backbone(family, tmp_path)

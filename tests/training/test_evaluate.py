@@ -185,9 +185,12 @@ def test_the_engine_answers_with_words_as_the_reference_does(tmp_path: Path) -> 
     assert nearly(engine) == nearly(reference)
 
 
-def test_the_engine_is_told_which_text_of_a_pair_is_which(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "family", ["bert", pytest.param("deberta-v2-rich", marks=pytest.mark.slow)]
+)
+def test_the_engine_is_told_which_text_of_a_pair_is_which(family: str, tmp_path: Path) -> None:
     """BERT adds an embedding for it; without it a good part of the answers changes."""
-    folder = make_tiny_checkpoint(tmp_path, family="bert", rungs="mux:2,merge:2", pairs=True)
+    folder = make_tiny_checkpoint(tmp_path, family=family, rungs="mux:2,merge:2", pairs=True)
     save_pair_tokenizer(folder)
     rng, pairs, joined = random.Random(0), "label\ttext_a\ttext_b\n", "label\ttext\n"
     for _ in range(48):

@@ -166,7 +166,7 @@ def test_the_papers_recipe_with_the_papers_adapters(
     ("family", "words"),
     [
         *(("bert", ""), ("modernbert-mean", ""), ("mistral", ""), ("gemma3_text", "")),
-        ("distilbert", ""),
+        *(("distilbert", ""), ("deberta-v2", "")),
         pytest.param("electra", "", marks=pytest.mark.slow),
         *(("qwen3", "w8,w7"), ("t5", "w8,w7")),
     ],
