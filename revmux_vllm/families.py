@@ -144,8 +144,8 @@ FAMILIES = {
                 LABEL_WORDS: "a deberta-v2 classifier has a head of its own; leave it out",
                 TENSOR_PARALLEL: "transformers' DeBERTa runs in one process; use 1, and "
                 "--data-parallel-size or replicas to scale out",
-                # Its products with positions are scaled behind the sum, and those of content were:
-                # mDeBERTa answered with NaN (microsoft/DeBERTa, issue 77).
+                # Products with positions are divided after they are summed up. So once were those
+                # of content, and mDeBERTa overflowed (microsoft/DeBERTa, issue 77).
                 FLOAT16: "DeBERTa may overflow in float16; --dtype bfloat16 or float32 is the cure",
             },
         ),
