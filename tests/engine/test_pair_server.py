@@ -18,11 +18,14 @@ QUERY = "w7 w8 w9"
 DOCUMENTS = ["w10 w11", "w12", "w13 w14 w15 w16", "w17 w7"]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(
+    scope="module",
+    params=["bert", pytest.param("deberta-v2-rich", marks=pytest.mark.slow)],
+)
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = make_tiny_checkpoint(
         tmp_path_factory.mktemp("pairs"),
-        family="bert",
+        family=request.param,
         rungs="mux:4,merge:2",
         num_labels=1,
         pairs=True,
