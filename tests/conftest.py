@@ -283,9 +283,10 @@ class ByCrowd:
     alone_because = "light_load"
     defers = False
 
-    savings = (1.0, 1.0)
+    in_use = Rung()
 
     def __init__(self, rungs: tuple[Rung, ...]) -> None:
+        self.levels = [self.in_use]
         self._rungs = rungs
 
     def rungs(self, backlog: Backlog) -> tuple[Rung, ...]:

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from revmux_vllm.planning.costs import Budgets
 from revmux_vllm.planning.options import read_options
 from revmux_vllm.planning.planner import StepPlanner, Waiting
-from revmux_vllm.rungs import Ends, row_counts
+from revmux_vllm.rungs import Ends, Rung, row_counts
 from revmux_vllm.serving.messages import Work
 
 BASE = Setting(replicas=4)
@@ -27,7 +27,7 @@ BASE = Setting(replicas=4)
 def test_the_engine_is_the_measured_one() -> None:
     costs = Calibration().costs()
     assert costs.seconds(32, 32) == pytest.approx(0.142, rel=0.02), "one request at light load"
-    alone = costs.tokens_per_s(1, 2048)
+    alone = costs.tokens_per_s(Rung(), 2048)
     assert alone / 32 == pytest.approx(9.9, rel=0.02), "plain vLLM's burst"
     assert Calibration().tokens_per_s / alone == pytest.approx(2.27, rel=0.02)
 

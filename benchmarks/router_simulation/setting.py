@@ -66,19 +66,19 @@ class Calibration:
         return RevMuxConfig(parse_rungs(self.rungs), self.prefill_layers)
 
     def costs(self) -> LayerCosts:
-        """The line, given."""
+        """Given."""
         return GivenCosts(self)
 
     @property
     def tokens_per_s(self) -> float:
         """In full steps at the widest rung."""
         costs = self.costs()
-        saving = max(map(costs.saving, (Rung(), *parse_rungs(self.rungs))))
-        return costs.tokens_per_s(saving, self.max_tokens)
+        rungs = Rung(), *parse_rungs(self.rungs)
+        return max(costs.tokens_per_s(rung, self.max_tokens) for rung in rungs)
 
 
 class GivenCosts(LayerCosts):
-    """``LayerCosts`` whose line is not fitted to a run."""
+    """``LayerCosts`` that are not fitted to a run, nothing for attention, since texts are short."""
 
     known = True
 
@@ -87,9 +87,9 @@ class GivenCosts(LayerCosts):
         self._line = calibration.seconds_per_layer, calibration.seconds_per_layer_and_token
         self.overhead_s = calibration.overhead_s
 
-    def per_layer(self) -> tuple[float, float]:
+    def per_layer(self) -> tuple[float, float, float]:
         """As it was given."""
-        return self._line
+        return *self._line, 0.0
 
 
 @dataclass(frozen=True)

@@ -24,13 +24,14 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.request import Request
 
+from revmux_vllm.backbones.loading import attention_windows
 from revmux_vllm.config import RevMuxConfig
 from revmux_vllm.engine.metrics import put_counts
 from revmux_vllm.engine.model_config import served_options
 from revmux_vllm.engine.orphans import end_with_parent
 from revmux_vllm.engine.sharing import SharedBlocks
 from revmux_vllm.engine.stages import LOWER, UPPER, StepTimes
-from revmux_vllm.planning.costs import Budgets
+from revmux_vllm.planning.costs import Budgets, Pairs
 from revmux_vllm.planning.packing import MuxPlan
 from revmux_vllm.planning.planner import Step, StepPlanner, Waiting
 from revmux_vllm.planning.policy import ASSUMED_STEPS
@@ -51,11 +52,13 @@ class RevMuxSchedulerOutput(SchedulerOutput):
         mux_plan: who shares a composite.
         began_s: when it was begun, on the scheduler's monotonic clock; steps may overlap.
         has_chunks: a part of a request runs, with a context that no cost accounts for.
+        pairs: of rows that attend to one another.
     """
 
     mux_plan: MuxPlan | None = None
     began_s: float = 0.0
     has_chunks: bool = False
+    pairs: Pairs = Pairs()  # noqa: RUF009  a tuple
 
 
 class RevMuxScheduler(Scheduler):
@@ -79,6 +82,7 @@ class RevMuxScheduler(Scheduler):
             model.hf_config.num_hidden_layers,
             Budgets(self.max_num_scheduled_tokens, self.max_num_active_reqs),
             time.monotonic(),
+            windows=attention_windows(model.hf_config),
         )
         self._ended_s = 0.0
         self._untimed_steps = 0
@@ -112,8 +116,21 @@ class RevMuxScheduler(Scheduler):
         self._count_us("plan", time.monotonic() - began - vllms)
         values = {field.name: getattr(output, field.name) for field in fields(output)}
         return RevMuxSchedulerOutput(
-            **values, mux_plan=plan, began_s=began, has_chunks=bool(chunks)
+            **values,
+            mux_plan=plan,
+            began_s=began,
+            has_chunks=bool(chunks),
+            pairs=self._pairs(plan, output),
         )
+
+    def _pairs(self, plan: MuxPlan, output: SchedulerOutput) -> Pairs:
+        """Of a step, in which vLLM has counted what runs as computed."""
+        rows = {
+            request_id: (tokens, 2 * self.requests[request_id].num_computed_tokens - tokens)
+            for request_id, tokens in output.num_scheduled_tokens.items()
+        }  # Where some are in the cache attention is causal: see ``reaches``.
+        groups = ([rows[member] for member in group] for group in plan.groups)
+        return self.planner.costs.pairs(zip(plan.rungs, groups, strict=True))
 
     def _choose(self, now: float) -> Step:
         if self.pause_state != PauseState.UNPAUSED or any(map(_has_tokens_left, self.running)):
@@ -159,7 +176,7 @@ class RevMuxScheduler(Scheduler):
         seconds = now - max(scheduler_output.began_s, self._ended_s)
         self._ended_s = now
         if times := getattr(model_runner_output, "revmux_times", None):
-            self._learn(times, seconds, scheduler_output.has_chunks)
+            self._learn(times, seconds, scheduler_output)
         elif scheduler_output.total_num_scheduled_tokens and not self.planner.costs.known:
             self._miss_times()
         answered = super().update_from_output(
@@ -169,13 +186,17 @@ class RevMuxScheduler(Scheduler):
             self.planner.rest(time.monotonic())
         return answered
 
-    def _learn(self, times: Sequence[StepTimes], seconds: float, has_chunks: bool) -> None:
+    def _learn(
+        self, times: Sequence[StepTimes], seconds: float, output: RevMuxSchedulerOutput
+    ) -> None:
         """What passes cost, the last of which was the step's, and how long the step took."""
         costs, last = self.planner.costs, times[-1]
-        # A chunk attends to all before it, so its rows cost more than those of a whole text.
-        for one in times[:-1] if has_chunks else times:
+        # A chunk attends to all before it, which may be so much that it says little of whole texts.
+        for one in times[:-1] if output.has_chunks else times:
+            # Passes of the start-up have no sequences, and leave attention out.
+            pairs = output.pairs if one is last else Pairs()
             costs.observe_pass(
-                one.tokens, one.rows, one.seconds[LOWER], one.seconds.get(UPPER, 0.0)
+                one.tokens, one.rows, one.seconds[LOWER], one.seconds.get(UPPER, 0.0), pairs
             )
         costs.observe_overhead(seconds - last.seconds[LOWER] - last.seconds.get(UPPER, 0.0))
         if self.planner.left(last.left, last.shadows, last.trusts):
@@ -187,7 +208,10 @@ class RevMuxScheduler(Scheduler):
             )
         for stage, stage_s in {**last.seconds, "step": seconds}.items():
             self._count_us(stage, stage_s)
-        alone_s = seconds if has_chunks else costs.seconds(last.tokens, last.tokens)
+        alone_s = seconds
+        if not output.has_chunks:
+            alone_pairs = output.pairs.lower + output.pairs.alone
+            alone_s = costs.seconds(last.tokens, last.tokens, pairs=alone_pairs)
         self._count_us("backbone", alone_s)
 
     def _miss_times(self) -> None:

@@ -111,11 +111,13 @@ class StepPlanner:
         budgets: of one step.
         now_s: the time.
         costs: what steps cost; default: to be measured.
+        windows: of every layer; see ``LayerCosts``.
 
     Attributes:
         policy: which rungs a step may use; may be replaced between two steps.
         counts: what was planned since they were last taken, and cleared, by whoever reports them.
         drift: of the traffic from what the contract was calibrated for; None without one.
+        length: of the text that a waiting token is of, on average; the last that was seen.
         prefixes: None where the engine keeps none.
         uncached: share of what waits, in tokens, that is in no cache; of a sample.
     """
@@ -128,15 +130,17 @@ class StepPlanner:
         budgets: Budgets,
         now_s: float,
         costs: LayerCosts | None = None,
+        windows: Sequence[int | None] | None = None,
     ) -> None:
         self.config, self.options, self.budgets = config, options, budgets
         self.costs = costs or LayerCosts(
-            config.prefill_layers, num_layers, savings_of(options, config, num_layers)
+            config.prefill_layers, num_layers, savings_of(options, config, num_layers), windows
         )
         self.policy: Policy = make_policy(config, options, self.costs, budgets)
         self.arrivals = ArrivalRate(RATE_HORIZONS * options.target_ms / 1000, now_s)
         self.counts: Counts = Counter()
         self._chose_at_s = now_s
+        self.length = 0.0
         self.drift = None if options.contract is None else Drift(options.contract)
         self.prefixes: Prefixes | None = None
         self.uncached = 1.0
@@ -271,24 +275,26 @@ class StepPlanner:
 
     def capacity(self) -> dict[str, float]:
         """Tokens that full steps answer per second, at the rung in use and at the cheapest one."""
-        in_use, widest = self.policy.savings
         most = self.budgets.max_tokens
-        return {
-            "in_use": self.costs.tokens_per_s(in_use, most),
-            "widest": self.costs.tokens_per_s(widest, most),
+        by_rung = {
+            rung: self.costs.tokens_per_s(rung, most, self.length) for rung in self.policy.levels
         }
+        return {"in_use": by_rung[self.policy.in_use], "widest": max(by_rung.values())}
 
     def _backlog(self, window: Sequence[Waiting], num_waiting: int, now_s: float) -> Backlog:
         """All that waits, its lengths judged by the window's."""
         rate = self.arrivals.update(now_s)
         tokens = sum(request.num_tokens for request in window) / max(1, len(window))
+        if window:
+            squares = sum(request.num_tokens**2 for request in window)
+            self.length = squares / len(window) / tokens
         if window and self.prefixes is not None:
             sample = window[:: -(-len(window) // SAMPLE)]
             # What was computed at the rung in use is soon there for another one too.
             cached = sum(self.prefixes.num_cached(r.id, self._rungs) for r in sample)
             self.uncached = 1 - cached / sum(request.num_tokens for request in sample)
             tokens *= self.uncached
-        return Backlog(num_waiting, num_waiting * tokens, rate)
+        return Backlog(num_waiting, num_waiting * tokens, rate, self.length)
 
     def _lingers(self, window: Sequence[Waiting], rungs: tuple[Rung, ...], now_s: float) -> bool:
         """Whether to wait for partners, which only ``linger_ms`` allows."""

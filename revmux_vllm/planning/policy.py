@@ -2,7 +2,8 @@
 
 ``load`` asks one question at every step: can all that waits, and all that will come within the
 horizon, be answered within the horizon? The rung that saves least and still can is used, so light
-load gets the backbone's own answers and heavy load a queue that does not grow.
+load gets the backbone's own answers and heavy load a queue that does not grow. How long a rung
+takes depends on the texts: the longer they are, the more does merging save beside multiplexing.
 """
 
 import math
@@ -28,17 +29,19 @@ class Policy(Protocol):
         window: most waiting requests to choose from now.
         alone_because: what to call it when the backbone alone was chosen.
         defers: whether a request without partners may wait while another composite runs, once.
+        levels: rungs that may come into use.
     """
 
     alone_because: str
     defers: bool
+    levels: list[Rung]
 
     @property
     def window(self) -> int: ...
 
     @property
-    def savings(self) -> tuple[float, float]:
-        """Of the rung in use, and of the cheapest that may come into use."""
+    def in_use(self) -> Rung:
+        """One of ``levels``."""
         ...
 
     def rungs(self, backlog: Backlog) -> tuple[Rung, ...]:
@@ -55,12 +58,8 @@ class Fixed:
 
     def __init__(self, rungs: tuple[Rung, ...], costs: LayerCosts) -> None:
         self._rungs = rungs
-        self._saving = max(map(costs.saving, rungs), default=1.0)
-
-    @property
-    def savings(self) -> tuple[float, float]:
-        """Both are the cheapest rung's."""
-        return self._saving, self._saving
+        self.in_use = max(rungs, key=costs.saving, default=Rung())
+        self.levels = [self.in_use]
 
     def rungs(self, backlog: Backlog) -> tuple[Rung, ...]:
         """The same ones whatever waits."""
@@ -98,25 +97,28 @@ class ByLoad:
         self.level = 0
 
     @property
-    def savings(self) -> tuple[float, float]:
-        """Of the level, and of the highest one."""
-        return self.costs.saving(self.levels[self.level]), self.costs.saving(self.levels[-1])
+    def in_use(self) -> Rung:
+        """Of the level."""
+        return self.levels[self.level]
 
     def rungs(self, backlog: Backlog) -> tuple[Rung, ...]:
-        """Widen at once when the horizon is missed, narrow with room to spare."""
-        if self._share(self.level, backlog) > 1:
-            self.level = self._first(backlog, limit=1)
+        """Widen at once when the horizon is missed; narrow with room to spare, or where that is
+        faster."""
+        shares = [self._share(rung, backlog) for rung in self.levels]
+        own = shares[self.level]
+        if own > 1:
+            enough = (level for level, share in enumerate(shares) if share <= 1)
+            fastest = max(range(len(shares)), key=lambda level: (-shares[level], level))
+            self.level = next(enough, fastest)
         else:
-            self.level = min(self.level, self._first(backlog, limit=NARROW_AT))
-        kind = self.config.kind(self.levels[self.level])
+            narrower = enumerate(shares[: self.level])
+            content = (level for level, share in narrower if share <= NARROW_AT or share < own)
+            self.level = next(content, self.level)
+        kind = self.config.kind(self.in_use)
         return tuple(rung for rung in kind if rung in self.options.rungs)
 
-    def _first(self, backlog: Backlog, limit: float) -> int:
-        shares = [self._share(level, backlog) for level in range(len(self.levels))]
-        return next((i for i, share in enumerate(shares) if share <= limit), len(shares) - 1)
-
-    def _share(self, level: int, backlog: Backlog) -> float:
-        """Part of the horizon that it takes to answer what waits and what will come.
+    def _share(self, rung: Rung, backlog: Backlog) -> float:
+        """Part of the horizon that it takes at a rung to answer what waits and what will come.
 
         Until a step was measured a token through all layers takes its part of ``ASSUMED_STEPS``
         steps, and nothing else takes time: so a burst is multiplexed, and a lone request is not.
@@ -125,10 +127,10 @@ class ByLoad:
         requests = backlog.num_requests * tokens / max(1.0, backlog.num_tokens)
         most = self.budgets
         num_steps = math.ceil(max(tokens / most.max_tokens, requests / most.max_requests))
-        rows = tokens / self.costs.saving(self.levels[level])
         if not self.costs.known:
+            rows = tokens / self.costs.saving(rung)
             return self.costs.whole_tokens(tokens, rows) / (ASSUMED_STEPS * most.max_tokens)
-        return self.costs.seconds(tokens, rows, num_steps) / self.horizon_s
+        return self.costs.seconds_at(rung, tokens, backlog.length, num_steps) / self.horizon_s
 
 
 def make_policy(

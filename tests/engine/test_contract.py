@@ -63,7 +63,7 @@ def test_overridden_signatures() -> None:
 def test_our_scheduler_output_adds_three_fields() -> None:
     theirs = {field.name for field in dataclasses.fields(SchedulerOutput)}
     ours = {field.name for field in dataclasses.fields(RevMuxSchedulerOutput)}
-    assert ours - theirs == {"mux_plan", "began_s", "has_chunks"}
+    assert ours - theirs == {"mux_plan", "began_s", "has_chunks", "pairs"}
 
 
 def test_every_per_sequence_field_of_the_metadata_is_known() -> None:

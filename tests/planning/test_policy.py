@@ -74,6 +74,26 @@ def test_options() -> None:
     assert rungs(policy(policy="fixed:exit", rungs=["exit"]), 1) == ["exit"]
 
 
+def test_long_texts_are_merged_where_attention_takes_the_time() -> None:
+    """mux:8 leaves an eighth of the rows and of the pairs, merge:4 a quarter and a sixteenth."""
+    config = RevMuxConfig(parse_rungs(["merge:4", "mux:8"]), prefill_layers=3)
+    costs = LayerCosts(config.prefill_layers, NUM_LAYERS)
+    for tokens in (16, 64, 256, 1024):  # of one text, whose rows cost nearly nothing
+        costs.observe(1, tokens, 1e-7 * tokens + 1e-8 * tokens**2, tokens**2)
+    read = read_options({}, config)
+
+    def chosen(policy: Policy, length: int, num_requests: int) -> list[str]:
+        backlog = Backlog(num_requests, num_requests * length, length=length)
+        return list(map(str, policy.rungs(backlog)))
+
+    short, long = (ByLoad(config, read, costs, BUDGETS) for _ in range(2))
+    assert chosen(short, 16, 10**6) == ["mux:8"]
+    assert chosen(long, 2048, 10**4) == ["merge:4"], "nothing keeps up, and it is the fastest"
+    for policy in (short, long):
+        assert chosen(policy, 2048, 5) == ["merge:4"], "it is faster than mux:8, and saves less"
+        assert chosen(policy, 2048, 1) == []
+
+
 def test_pressure_multiplexes_also_while_costs_are_not_known() -> None:
     """Ten full steps fill the horizon, however long it is, and a rung saves rows above the cut."""
     costs = LayerCosts(CONFIG.prefill_layers, NUM_LAYERS)
