@@ -2,6 +2,7 @@
 
 import time
 from collections import Counter, deque
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -277,6 +278,25 @@ def test_what_is_counted(folder: Path) -> None:
     line = summary(counts)
     assert line.startswith("7 requests, alone 43%, mux:4 57%, padding 5.9%, ")
     assert summary(Counter()) == ""
+
+
+def test_attention_s_part_of_a_step_is_learned(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheduler = lone_scheduler(vllm_config(folder, policy="fixed:4"), NUM_BLOCKS)
+    for i, (length, salt) in enumerate([(9, None)] * 3 + [(7, None), (5, "exact")]):
+        scheduler.add_request(request(str(i), length, salt))
+    output: Any = scheduler.schedule()
+    costs, alone = scheduler.planner.costs, 3 * 9**2 + 7**2 + 5**2
+    composites = 9**2 + 5**2
+    expected = costs.lower * alone, costs.upper * composites, costs.upper * alone
+    assert output.pairs == expected
+    learned: list[Any] = []
+    monkeypatch.setattr(costs, "observe_pass", lambda *seen: learned.append(seen[-1]))
+    answer: Any = run_model(output, scheduler.requests)
+    answer.revmux_times = [answer.revmux_times[0], replace(answer.revmux_times[0])]
+    scheduler.update_from_output(output, answer)
+    assert learned == [(0, 0, 0), expected], "the first is of the start-up"
 
 
 def test_steps_without_times_are_said_once_and_still_multiplex(

@@ -73,14 +73,14 @@ def test_attention_s_part_is_found() -> None:
         assert costs.seconds_at(rung, 8000, length=2000) == pytest.approx(seconds, rel=0.1)
 
 
-@pytest.mark.parametrize("lengths", [[30], [2048], range(2000, 2049)])
+@pytest.mark.parametrize("lengths", [[30], [2048], range(1900, 2049)])
 def test_texts_that_are_alike_say_nothing_of_attention_s_part(lengths: Sequence[int]) -> None:
     """It counts as the rows', which is right for these texts, and too little for longer ones."""
     costs, length = LayerCosts(3, 12), lengths[-1]
     run(costs, lengths, [Rung()], steps=200)
     a, b, c = costs.per_layer()
     assert 0 <= a < 2 * A
-    assert c < 1.5 * C
+    assert c < 0.5 * C
     assert b + c * length == pytest.approx(B + C * length, rel=0.2)
     assert costs.seconds_at(MERGE, 8000, length) >= 0.95 * (
         12 * A + B * 8000 * (3 + 9 / 2) + C * 8000 * length * (3 + 9 / 4)
