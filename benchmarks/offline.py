@@ -2,6 +2,7 @@
 
     python benchmarks/offline.py                              12 layers, D=768, random weights
     python benchmarks/offline.py --family bert
+    python benchmarks/offline.py --family modernbert --tokens 2048 --requests 16
     python benchmarks/offline.py --model revmux-llama --texts examples/sentences.txt
     python benchmarks/offline.py --write my-llama             and no more: for `revmux bench online
                                                               my-llama --load-format dummy`
@@ -29,14 +30,15 @@ from revmux_vllm.errors import UserError
 from revmux_vllm.rungs import Rung, parse_rungs
 from revmux_vllm.terminal import AsJson, make_console
 
-MAX_MODEL_LEN = 512
+MOST_TOKENS = 512
+"""Of the shapes that name no other number of positions."""
 VOCAB_SIZE = 32_000
 COMMON = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 768,
     "num_hidden_layers": 12,
     "num_attention_heads": 12,
-    "max_position_embeddings": MAX_MODEL_LEN,
+    "max_position_embeddings": MOST_TOKENS,
     "pad_token_id": 0,
     "id2label": {"0": "negative", "1": "positive"},
 }
@@ -57,6 +59,16 @@ SHAPES: dict[str, dict[str, Any]] = {
         "intermediate_size": 3072,
         "type_vocab_size": 2,
         "architectures": ["RevMuxBertForSequenceClassification"],
+    },
+    "modernbert": COMMON
+    | {
+        "model_type": "modernbert",
+        "intermediate_size": 1152,
+        "local_attention": 128,
+        "global_attn_every_n_layers": 3,
+        "max_position_embeddings": 8192,
+        **dict.fromkeys(("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), 0),
+        "architectures": ["RevMuxModernBertForSequenceClassification"],
     },
     "t5": {
         "model_type": "t5",
@@ -96,9 +108,10 @@ def write_shape(folder: Path, family: str, prefill_layers: int, rungs: tuple[Run
     vocabulary = {name: i for i, name in enumerate(names)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=words[0]))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, model_max_length=MAX_MODEL_LEN
-    ).save_pretrained(folder)
+    most = SHAPES[family].get("max_position_embeddings", MOST_TOKENS)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=most).save_pretrained(
+        folder
+    )
 
 
 def write_cuts(root: Path, family: str, rungs: tuple[Rung, ...] | None) -> tuple[str, ...]:
@@ -144,9 +157,9 @@ class BatchedT5:
 
 def main(
     model: Annotated[str, typer.Option(help="Checkpoint in place of random weights.")] = "",
-    family: Annotated[str, typer.Option(help="Shape of the random weights: llama, bert, t5.")] = (
-        "llama"
-    ),
+    family: Annotated[
+        str, typer.Option(help=f"Shape of the random weights: {', '.join(SHAPES)}.")
+    ] = ("llama"),
     texts: Annotated[Path | None, typer.Option(help="Its prompts, one a line.")] = None,
     rungs: Annotated[str, typer.Option(help="Only these, as in merge:2,mux:2.")] = "",
     requests: Annotated[int, typer.Option(help="Prompts per round.")] = 128,

@@ -1,9 +1,10 @@
 """Engine-only throughput against the backbone alone, in the same run.
 
 The backbone alone, every rung and the policy ``load`` over all of them classify the same prompts in
-turn, in alternating order; each ratio compares the two of one round. No HTTP and no tokenising:
-prompts are token ids. The backbone alone is plain vLLM in a process of its own, or RevMUX's engine
-at width 1 where vLLM has no class for it.
+turn, in alternating order; each ratio compares the two of one round, and stands beside two others:
+the layer limit, and the speed-up in arithmetic at the prompts' mean length, with attention counted
+as vLLM's kernels compute it. No HTTP and no tokenising: prompts are token ids. The backbone alone
+is plain vLLM in a process of its own, or RevMUX's engine at width 1 where vLLM has no class for it.
 """
 
 import statistics
@@ -19,6 +20,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from revmux_vllm import checkpoint
+from revmux_vllm.bench.arithmetic import speedups
 from revmux_vllm.bench.failures import MeasuringError
 from revmux_vllm.bench.settings import OfflineSettings
 from revmux_vllm.bench.workload import Model, prepare_prompts, read_model
@@ -42,12 +44,14 @@ class EngineError(MeasuringError):
 
 
 class Row(NamedTuple):
-    """A row of the report: what runs on which model, and its layer limit."""
+    """A row of the report: what runs on which model, its layer limit, and its speed-up in
+    arithmetic."""
 
     model: Model
     label: str
     rungs: Rung | tuple[Rung, ...]
     limit: float
+    arithmetic: float
 
 
 def run(
@@ -69,12 +73,13 @@ def run(
     """
     beside = beside or {}
     models = [read_model(name, settings.load_format) for name in settings.models]
-    rows = [row for model in models for row in rows_of(model, settings.rungs)]
+    lengths, prompts = prepare_prompts(settings, models[0])
+    mean = statistics.mean(map(len, prompts))
+    rows = [row for model in models for row in rows_of(model, settings.rungs, round(mean))]
     promise: dict[str, Any] = {}
     if settings.agreement is not None:
         rows.insert(-1, contract_row(models[0], settings.agreement))
         promise["additional_config"] = {"revmux": {"agreement": settings.agreement}}
-    lengths, prompts = prepare_prompts(settings, models[0])
     options = engine_options(settings, max(map(len, prompts)))
     shared = settings.shared_prefix
     with Progress(console=console) as progress, ExitStack() as stack:
@@ -96,7 +101,7 @@ def run(
         "lengths": str(lengths),
         "shared_prefix": settings.shared_prefix,
         "requests": len(prompts),
-        "mean_tokens": statistics.mean(map(len, prompts)),
+        "mean_tokens": mean,
         "rounds": settings.rounds,
         "dtype": options["dtype"],
         "baseline": baseline,
@@ -106,9 +111,11 @@ def run(
     }
 
 
-def rows_of(model: Model, rungs: tuple[Rung, ...] | None) -> list[Row]:
+def rows_of(model: Model, rungs: tuple[Rung, ...] | None, num_tokens: int) -> list[Row]:
     """The rows of a model: alone, of each of ``rungs``, all of its own for None, and of ``load``,
     which chooses among ``rungs``, or for None among those that a server uses.
+
+    ``num_tokens``: of a prompt.
 
     Raises:
         UserError: for a rung that the checkpoint lacks.
@@ -120,23 +127,25 @@ def rows_of(model: Model, rungs: tuple[Rung, ...] | None) -> list[Row]:
         raise UserError("`rungs`", problem)
     by_load = model.in_use if rungs is None else rungs
     shape = model.config.prefill_layers, model.num_layers
-    limits = {rung: layer_limit(rung, *shape) for rung in (Rung(), *chosen, *by_load)}
-    single = [Row(model, str(rung), rung, limits[rung]) for rung in chosen]
+    counted = speedups(model, (Rung(), *chosen, *by_load), num_tokens)
+    most = {rung: (layer_limit(rung, *shape), counted[rung]) for rung in counted}
+    single = [Row(model, str(rung), rung, *most[rung]) for rung in chosen]
     if model.plain_architecture is not None:  # else it is the baseline
-        single.insert(0, Row(model, ALONE, Rung(), limits[Rung()]))
-    highest = max(limits[rung] for rung in (Rung(), *by_load))
-    return [*single, Row(model, "load", by_load, highest)]
+        single.insert(0, Row(model, ALONE, Rung(), *most[Rung()]))
+    limit, arithmetic = map(max, zip(*(most[rung] for rung in (Rung(), *by_load)), strict=True))
+    return [*single, Row(model, "load", by_load, limit, arithmetic)]
 
 
 def contract_row(model: Model, agreement: float) -> Row:
-    """The row of a contract; its limit is what its calibration saw in arithmetic.
+    """The row of a contract; its limit too is what its calibration saw in arithmetic.
 
     Raises:
         UserError: where the checkpoint is not calibrated for it.
     """
     contracts = checkpoint.read_contracts(model.folder)
     contract = find_contract(contracts, agreement, probability=None, per_class=False)
-    return Row(model, f"contract {contract}", Rung(sure=True), contract.speedup)
+    speedup = contract.speedup
+    return Row(model, f"contract {contract}", Rung(sure=True), limit=speedup, arithmetic=speedup)
 
 
 def engine_options(settings: OfflineSettings, longest: int) -> dict[str, Any]:
@@ -257,7 +266,10 @@ def measure(
 
 def as_object(row: Row, rates: list[float], alone: list[float]) -> dict[str, Any]:
     """A row of the report."""
-    return summary(rates, alone, row.limit) | {
+    values = summary(rates, alone, row.limit)
+    return values | {
+        "arithmetic": row.arithmetic,
+        "ratio_over_arithmetic": values["ratio"] / row.arithmetic,
         "rung": row.label,
         "prefill_layers": row.model.config.prefill_layers,
     }

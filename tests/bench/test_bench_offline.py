@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 from conftest import make_tiny_checkpoint, revmux
 
+from revmux_vllm import checkpoint
+from revmux_vllm.backbones.loading import load_backbone
 from revmux_vllm.bench import offline
 from revmux_vllm.engine.plain import PlainEngineError
 from revmux_vllm.rungs import Rung
+from revmux_vllm.training.cost import Costs
 
 
 class StandIn:
@@ -86,6 +89,20 @@ def test_the_baseline_is_plain_vllm(tiny_checkpoint: Path, engines: SimpleNamesp
         "kv_cache_memory_bytes": 1 << 30,
     }
     assert engines.log[-2:] == [("plain", "closed", None), ("ours", "closed", None)]
+
+
+def test_the_arithmetic_is_that_of_the_weights_at_the_prompts_length(
+    tiny_checkpoint: Path, engines: SimpleNamespace
+) -> None:
+    """Counted without weights, as it is with them."""
+    report = measured(f"{tiny_checkpoint} --rungs mux:4 --lengths fixed:40")
+    backbone, ladder = load_backbone(tiny_checkpoint, 1), checkpoint.load_adapters(tiny_checkpoint)
+    expected = Costs(backbone, 40).speedup(ladder, Rung(mux=4))
+    alone, mux, load = report["configurations"]
+    assert alone["arithmetic"] == 1
+    assert mux["arithmetic"] == load["arithmetic"] == pytest.approx(expected)
+    for row in (alone, mux, load):
+        assert row["ratio_over_arithmetic"] == row["ratio"] / row["arithmetic"]
 
 
 def test_dummy_weights_need_no_tokenizer_in_the_engine(

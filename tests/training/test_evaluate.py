@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_tiny_checkpoint, revmux, write_rows
+from conftest import make_tiny_checkpoint, revmux, save_backbone, write_rows
 from transformers import AutoTokenizer
 from word_tokenizers import save_pair_tokenizer
 
 from revmux_vllm import checkpoint
-from revmux_vllm.backbones.loading import load_backbone
+from revmux_vllm.backbones.loading import attention_windows, load_backbone
 from revmux_vllm.reference import classify
 from revmux_vllm.rungs import Rung
 from revmux_vllm.training import data
@@ -147,6 +147,29 @@ def test_costs_count_everything(tiny_checkpoint: Path) -> None:
     assert speedups[0] < 1.6
     head = torch.nn.Flatten()
     assert costs.exit_speedup(head, 2) == pytest.approx(2)
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "modernbert"])
+def test_attention_costs_what_the_kernels_compute(family: str, tmp_path: Path) -> None:
+    """All pairs of rows; of causal layers half of them, of windowed ones those in the window."""
+    save_backbone(family, tmp_path)
+    backbone = load_backbone(tmp_path, 1)
+    config, layers = backbone.config, backbone.num_layers
+    half, few, many = backbone.is_causal, 100, 400
+
+    def whole(length: int) -> float:
+        costs = Costs(backbone, length)
+        return costs.lower + costs.upper
+
+    def expected(length: int) -> float:
+        windows = attention_windows(config)
+        seen = [length if window is None else min(length, 2 * window) for window in windows]
+        return 4 * config.hidden_size * length * sum(seen) / (1 + half)
+
+    # What is of rows alone is four times as much for four times the rows.
+    quadratic = whole(many) - 4 * whole(few)
+    assert quadratic == pytest.approx(expected(many) - 4 * expected(few), rel=0.02)
+    assert expected(many) < layers * 4 * config.hidden_size * many**2 or family == "bert"
 
 
 def through_both(command: str) -> tuple[dict[str, Any], dict[str, Any]]:
