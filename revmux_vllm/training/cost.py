@@ -106,5 +106,5 @@ def _counted(run: Callable[[], Any]) -> tuple[int, int]:
     # The other kernels of attention are not counted by torch on every device.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         run()
-    batched = counter.get_flop_counts()["Global"].get(torch.ops.aten.bmm, 0)
+    batched = counter.get_flop_counts().get("Global", {}).get(torch.ops.aten.bmm, 0)
     return int(counter.get_total_flops()), int(batched)
