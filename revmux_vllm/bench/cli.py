@@ -32,8 +32,9 @@ LengthsMix = Annotated[
     str,
     typer.Option(
         "--lengths",
-        help="Of the texts: `texts` from a file, `fixed:N` tokens each, or `lognormal` (median 33 "
-        "tokens, sigma 0.8). The last two are made of words of the model's tokenizer.",
+        help="Of the texts: `texts` from a file, `fixed:N` tokens each (`fixed:2048` for long "
+        "ones), or `lognormal` (median 33 tokens, sigma 0.8). The last two are made of words of "
+        "the model's tokenizer.",
     ),
 ]
 Texts = Annotated[
@@ -64,7 +65,7 @@ def main() -> None:
     """How much faster than plain vLLM: the engine alone, or two servers under load.
 
     Both compare with the same backbone in the same run, and name the layer limit, which is what
-    fewer rows in the upper layers could give at most.
+    fewer rows in the upper layers could give at most, but for attention's work in long texts.
     """
 
 
@@ -106,8 +107,12 @@ def offline(
     Plain vLLM runs as it does by default, its prefix caching too, but no round finds more in the
     cache than the shared prefix.
 
-    Example: `revmux bench offline revmux-llama --rungs mux:4,merge:2`, or with an instruction
-    before every text `--shared-prefix 400 --lengths fixed:100`.
+    Beside the layer limit, which counts rows, stands the speed-up in arithmetic with everything
+    counted: attention follows the square of a text's rows, so merging long ones saves more.
+
+    Example: `revmux bench offline revmux-llama --rungs mux:4,merge:2`, with an instruction before
+    every text `--shared-prefix 400 --lengths fixed:100`, or over long texts `--lengths fixed:2048
+    --requests 16`.
     """
     with measuring():
         require("vllm", extra=EXTRA)
