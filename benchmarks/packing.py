@@ -48,6 +48,7 @@ SHAPE: dict[str, Any] = {
 def make_scheduler(folder: Path, policy: str, shares: bool) -> Any:
     """The engine's scheduler without an engine."""
     from vllm.engine.arg_utils import EngineArgs
+    from vllm.utils.gc_utils import freeze_gc_heap
 
     (folder / "config.json").write_text(json.dumps(SHAPE))
     config = EngineArgs(
@@ -60,7 +61,9 @@ def make_scheduler(folder: Path, policy: str, shares: bool) -> Any:
         enable_prefix_caching=shares,
         additional_config={"revmux": {"policy": policy}},
     ).create_engine_config()
-    return lone_scheduler(config, num_blocks=4096)
+    scheduler = lone_scheduler(config, num_blocks=4096)
+    freeze_gc_heap()  # as vLLM's engine does before it serves
+    return scheduler
 
 
 class Queue:

@@ -6,7 +6,7 @@ last one is under way nobody else is chosen, so those steps are plain vLLM's.
 """
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from itertools import islice
@@ -40,6 +40,8 @@ logger = init_logger("vllm.revmux")
 
 EXACT = "exact"
 """A ``cache_salt`` of this, or beginning with it and a colon, asks for the backbone alone."""
+RECORD = "revmux_record"
+"""Attribute of vLLM's request: the planner's own, made once, for it is asked for at every step."""
 UNTIMED_STEPS = 5
 """So many steps without times are warned of, once."""
 
@@ -109,7 +111,7 @@ class RevMuxScheduler(Scheduler):
             for request in taken
             if request.request_id in in_parts or _has_tokens_left(request)
         }
-        plan = self.planner.plan(step, _records(taken), chunks)
+        plan = self.planner.plan(step, list(map(_record, taken)), chunks)
         if self._shared is not None:
             self._shared.settle(step, plan, output)
             self._count_cached(output, plan)
@@ -135,7 +137,7 @@ class RevMuxScheduler(Scheduler):
     def _choose(self, now: float) -> Step:
         if self.pause_state != PauseState.UNPAUSED or any(map(_has_tokens_left, self.running)):
             return Step()
-        window = _records(islice(self.waiting, self.planner.window))
+        window = list(map(_record, islice(self.waiting, self.planner.window)))
         free = self.max_num_active_reqs - len(self.running)
         return self.planner.choose(window, len(self.waiting), free, now)
 
@@ -165,6 +167,7 @@ class RevMuxScheduler(Scheduler):
     def add_request(self, request: Request) -> None:
         """vLLM's, counted for the rate of arrivals."""
         super().add_request(request)
+        setattr(request, RECORD, _make_record(request))
         self.planner.arrive(request.num_tokens, request.request_id)
 
     def update_from_output(
@@ -259,13 +262,16 @@ class RevMuxScheduler(Scheduler):
         self.planner.counts["us", stage] += round(1e6 * seconds)
 
 
-def _records(requests: Iterable[Request]) -> list[Waiting]:
-    """The planner's records of vLLM's requests, whose times of arrival are on the wall clock."""
-    behind = time.time() - time.monotonic()
-    return [
-        Waiting(r.request_id, r.num_tokens, r.cache_salt, _is_exact(r), r.arrival_time - behind)
-        for r in requests
-    ]
+def _record(request: Request) -> Waiting:
+    made: Waiting = getattr(request, RECORD)
+    return made
+
+
+def _make_record(request: Request) -> Waiting:
+    """The planner's record of vLLM's request, whose time of arrival is on the wall clock."""
+    salt = request.cache_salt
+    arrived_s = request.arrival_time - time.time() + time.monotonic()
+    return Waiting(request.request_id, request.num_tokens, salt, _is_exact(salt), arrived_s)
 
 
 def _has_tokens_left(request: Request) -> bool:
@@ -273,6 +279,5 @@ def _has_tokens_left(request: Request) -> bool:
     return request.num_computed_tokens < request.num_tokens
 
 
-def _is_exact(request: Request) -> bool:
-    salt = request.cache_salt
+def _is_exact(salt: str | None) -> bool:
     return salt is not None and (salt == EXACT or salt.startswith(f"{EXACT}:"))

@@ -17,11 +17,12 @@ the hashes of a request.
 
 import hashlib
 from bisect import bisect_left
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import count, takewhile
+from functools import cache, partial
+from itertools import count
 from typing import Any
 
 from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock
@@ -47,11 +48,13 @@ class Prefix:
         names: of its blocks at the composite's rung.
         hit: how many of them are taken from others.
         is_clean: nothing is in the cache of those behind.
+        blocks: those of the hit that are in the cache already.
     """
 
     names: Sequence[BlockHash]
     hit: int
     is_clean: bool
+    blocks: Sequence[KVCacheBlock] = ()
 
     @property
     def next(self) -> BlockHash | None:
@@ -71,9 +74,10 @@ class SharedBlocks:
     def __init__(self, manager: Any, size: int, requests: Mapping[str, Request]) -> None:
         self._pool, self._spare, self._size = manager.block_pool, manager.watermark_blocks, size
         self._manager, self._requests = manager, requests
-        self._names: dict[Rung, dict[BlockHash, list[BlockHash]]] = defaultdict(dict)
+        self._names = cache(Names)
         # Of the step that is made:
         self._entered: set[BlockHash] = set()
+        self._asked: dict[tuple[Rung | str, ...], Sequence[BlockHash]] = {}
         self._taken: dict[str, int] = {}
 
     def num_cached(self, request_id: str, rungs: Sequence[Rung] = ()) -> int:
@@ -81,23 +85,25 @@ class SharedBlocks:
         ``rungs``."""
         request = self._requests[request_id]
         most = (request.num_tokens - 1) // self._size
-        found = [0]
-        for rung in {Rung(), *rungs}:
-            names = self._named(rung, request.block_hashes[:most])
-            found.append(bisect_left(names, 1, key=lambda name: self._block(name) is None))
-        return self._size * max(found)
+        hashes = request.block_hashes[:most]
+        return self._size * max(
+            # By halves, and not all names of every request that comes.
+            bisect_left(range(names.count(hashes)), True, key=partial(self._misses, names, hashes))
+            for names in map(self._names, {Rung(), *rungs})
+        )
 
     def blocks(self, requests: Sequence[Waiting]) -> list[Sequence[BlockHash]]:
         """Names of the blocks that each begins with; a name stands for all tokens until there."""
         return [self._requests[request.id].block_hashes for request in requests]
 
     def remaining(self, rung: Rung, members: Sequence[Waiting]) -> int:
-        """Tokens of a composite that are not in the cache at its rung, or its rows if these are
-        more: behind a prefix a single token may be two merged rows."""
-        prefix = self.find(rung, [self._requests[member.id] for member in members])
+        """Tokens of a composite, about, that are not in the cache at its rung, or its rows if these
+        are more: behind a prefix a single token may be two merged rows."""
+        names = self._in_common(rung, [self._requests[member.id] for member in members])
+        hit = bisect_left(names, True, key=lambda name: self._block(name) is None)
         tokens = sum(member.num_tokens for member in members)
-        one_more = rung.shortening > 1 and prefix.hit > 0
-        return tokens - len(members) * prefix.hit * self._size + one_more
+        one_more = rung.shortening > 1 and hit > 0
+        return tokens - len(members) * hit * self._size + one_more
 
     @contextmanager
     def named(self, step: Step) -> Iterator[Step]:
@@ -119,19 +125,32 @@ class SharedBlocks:
             for name, own in hashes.items():
                 self._requests[name].block_hashes = own
             self._entered.clear()
+            self._asked.clear()
 
     def find(self, rung: Rung, members: Sequence[Request]) -> Prefix:
         """What of the members' prefix is in the cache, or will be when they run."""
-        first, *others = [member.block_hashes for member in members]
-        common = min(member.num_tokens - 1 for member in members) // self._size
-        for own in others:
-            common = _common(first, own, common)
-        names = self._named(rung, first[:common])
+        names = self._in_common(rung, members)
         if any(member.skip_reading_prefix_cache for member in members):
             return Prefix(names, 0, is_clean=False)
-        found = len(list(takewhile(self._is_there, names)))
-        hit = found // rung.shortening * rung.shortening
-        return Prefix(names, hit, found == hit)
+        there: list[KVCacheBlock | None] = []  # None: a composite before it in the step leaves it
+        for name in names:
+            block = self._block(name)
+            if block is None and name not in self._entered:
+                break
+            there.append(block)
+        hit = len(there) // rung.shortening * rung.shortening
+        return Prefix(names, hit, len(there) == hit, [block for block in there[:hit] if block])
+
+    def _in_common(self, rung: Rung, members: Sequence[Request]) -> Sequence[BlockHash]:
+        """Names of the blocks that all of them begin with."""
+        key = rung, *(member.request_id for member in members)
+        if key not in self._asked:
+            first, *others = [member.block_hashes for member in members]
+            common = min(member.num_tokens - 1 for member in members) // self._size
+            for own in others:
+                common = _common(first, own, common)
+            self._asked[key] = self._names(rung).of(first[:common])
+        return self._asked[key]
 
     def settle(self, step: Step, plan: MuxPlan, output: SchedulerOutput) -> None:
         """Take the names from blocks of members that vLLM made run otherwise.
@@ -173,16 +192,17 @@ class SharedBlocks:
             if prefix.next is not None and missing[prefix.next] > 1:  # under a contract
                 rung, group = Rung(), (group[0]._replace(fills=True),)
             hits = prefix.names[: prefix.hit]
-            taken = [block for name in hits if (block := self._block(name))]
             needed += sum(-(-r.num_tokens // self._size) - prefix.hit for r in members)
-            free = self._pool.get_num_free_blocks() - sum(not block.ref_cnt for block in taken)
+            free = self._pool.get_num_free_blocks() - sum(
+                not block.ref_cnt for block in prefix.blocks
+            )
             if needed + self._spare > free:
                 if is_first:
                     yield Rung(), (min(group, key=lambda member: member.arrived_s),)
                 return
             is_first = False
-            self._pool.touch(taken)
-            held += taken
+            self._pool.touch(prefix.blocks)
+            held += prefix.blocks
             self._taken |= dict.fromkeys((r.request_id for r in members), prefix.hit * self._size)
             yield rung, group
             leaves = prefix.is_clean and not rung.sure
@@ -210,26 +230,47 @@ class SharedBlocks:
         (blocks,) = self._manager.get_block_ids(request_id)
         self._pool.evict_blocks(set(blocks[first:]))
 
-    def _named(self, rung: Rung, hashes: Sequence[BlockHash]) -> Sequence[BlockHash]:
-        """Of blocks at a rung, by vLLM's hashes of them; these where it is the backbone alone."""
-        if rung == Rung() or rung.sure:
-            return hashes
-        known = self._names[rung]
-        if len(known) > NAMES:
-            known.clear()
-        names: list[BlockHash] = []
-        for end in hashes[rung.shortening - 1 :: rung.shortening]:
-            if end not in known:
-                known[end] = names_of(rung, end)
-            names += known[end]
-        return names
-
-    def _is_there(self, name: BlockHash) -> bool:
-        return name in self._entered or self._block(name) is not None
+    def _misses(self, names: "Names", hashes: Sequence[BlockHash], place: int) -> bool:
+        return self._block(names.at(hashes, place)) is None
 
     def _block(self, name: BlockHash) -> KVCacheBlock | None:
         found = self._pool.get_cached_block(name, GROUPS)
         return found[0] if found else None
+
+
+class Names:
+    """Of blocks at a rung, by vLLM's hashes of them; these where it is the backbone alone."""
+
+    def __init__(self, rung: Rung) -> None:
+        self._rung, self._blocks_per_row = rung, rung.shortening
+        self._are_hashes = rung == Rung() or rung.sure
+        self._known: dict[BlockHash, list[BlockHash]] = {}
+
+    def count(self, hashes: Sequence[BlockHash]) -> int:
+        """How many of the blocks have one: those of whole rows."""
+        return len(hashes) // self._blocks_per_row * self._blocks_per_row
+
+    def of(self, hashes: Sequence[BlockHash]) -> Sequence[BlockHash]:
+        """All of them."""
+        if self._are_hashes:
+            return hashes
+        ends = hashes[self._blocks_per_row - 1 :: self._blocks_per_row]
+        return [name for end in ends for name in self._of_row(end)]
+
+    def at(self, hashes: Sequence[BlockHash], place: int) -> BlockHash:
+        """One of them."""
+        if self._are_hashes:
+            return hashes[place]
+        row, own = divmod(place, self._blocks_per_row)
+        return self._of_row(hashes[(row + 1) * self._blocks_per_row - 1])[own]
+
+    def _of_row(self, end: BlockHash) -> list[BlockHash]:
+        known = self._known
+        if end not in known:
+            if len(known) > NAMES:
+                known.clear()
+            known[end] = names_of(self._rung, end)
+        return known[end]
 
 
 def _common(one: Sequence[BlockHash], other: Sequence[BlockHash], most: int) -> int:
@@ -250,5 +291,5 @@ def names_of(rung: Rung, end: BlockHash) -> list[BlockHash]:
 
 
 def _private() -> BlockHash:
-    """Of a block that nobody else may find."""
-    return BlockHash(hashlib.sha256(f"private {next(_numbers)}".encode()).digest())
+    """Of a block that nobody else may find: no hash is as short."""
+    return BlockHash(next(_numbers).to_bytes(8, "big"))

@@ -5,7 +5,7 @@ and how the upper layers see them is the engine's.
 """
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -162,13 +162,14 @@ def alike(blocks: Sequence[Sequence[Hashable]], least: int) -> list[Hashable]:
                 found[i] = blocks[i][low - 1]
             continue
         middle = (low + high + 1) // 2
-        classes: dict[Hashable, list[int]] = {}
+        classes: dict[Hashable, list[int]] = defaultdict(list)
         others = []
         for i in members:
-            if len(blocks[i]) < middle:
+            own = blocks[i]
+            if len(own) < middle:
                 others.append(i)
             else:
-                classes.setdefault(blocks[i][middle - 1], []).append(i)
+                classes[own[middle - 1]].append(i)
         for group in classes.values():
             if len(group) < least:
                 others += group

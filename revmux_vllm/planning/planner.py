@@ -30,7 +30,7 @@ IDLE_S = 0.1
 RATE_HORIZONS = 5
 """The rate of arrivals is an average over so many horizons, so that a burst is no rate."""
 
-SAMPLE = 32
+SAMPLE = 16
 """Of what waits: it is looked up how much of so many is in the cache."""
 
 Counts = Counter[tuple[str, str]]
@@ -224,6 +224,8 @@ class StepPlanner:
         if self._lingering_since_s is not None and window:
             self.counts["us", "linger"] += round(1e6 * (now_s - self._lingering_since_s))
         self._lingering_since_s = None
+        if all(rung.mux == 1 for rung in rungs):
+            window = window[:free_requests]  # nobody looks for partners among the others
         lengths = [request.num_tokens for request in window]
 
         def remaining(entry: tuple[Rung, tuple[int, ...]]) -> int:
