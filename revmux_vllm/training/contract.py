@@ -244,7 +244,7 @@ def _too_few(seen: Seen, terms: Terms) -> UserError:
     least = min(int(rows.sum()) for rows in groups)
     what = "of the backbone's rarest class " if terms.per_class else ""
     if least >= needed:
-        cure = "promise less, or train exits that know more"
+        cure = "promise less, give more rows, or train exits that know more"
         problem = "even the surest answers of the first stop break it"
         return UserError("`agreement`", problem, found=terms.agreement, cure=cure)
     return UserError(
