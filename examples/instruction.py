@@ -44,7 +44,6 @@ SHOWN = (
     ("Simple, clever and beautifully made.", "positive"),
 )
 RUNGS = parse_rungs(["merge:2", "mux:2"])
-PREFILL_LAYERS = 16
 SENTENCES = Path(__file__).with_name("sentences.txt")
 ASKED = 64
 """Of the sentences, the last ones; the adapters are trained on the others."""
@@ -63,7 +62,7 @@ def write_backbone(folder: Path) -> None:
         part.save_pretrained(folder)
 
 
-def train(backbone: Path, sentences: Sequence[str], output: Path) -> None:
+def train(backbone: Path, prefill_layers: int, sentences: Sequence[str], output: Path) -> None:
     """Adapters that answer as the backbone does behind the same prompt."""
     rows = output.with_suffix(".jsonl")
     rows.write_text("".join(json.dumps({"text": prompt(text)}) + "\n" for text in sentences))
@@ -73,9 +72,9 @@ def train(backbone: Path, sentences: Sequence[str], output: Path) -> None:
         output=output,
         label_words=WORDS,
         rungs=RUNGS,
-        prefill_layers=PREFILL_LAYERS,
+        prefill_layers=prefill_layers,
         adapter_hidden_size=128,
-        recipe=RECIPES["default"].with_given(copies=3, epochs=4, batch_size=32),
+        recipe=RECIPES["default"].with_given(copies=3, batch_size=32),
         max_tokens=512,
     )
     train_checkpoint(options)
@@ -138,10 +137,11 @@ def compare(asked: Asked, rounds: int) -> dict[str, dict[str, float]]:
 
 
 def main(
-    output: Annotated[Path, typer.Option(help="Folder for backbone and checkpoint.")] = Path(
-        "instruction"
-    ),
+    output: Annotated[
+        Path, typer.Option(help="Folder of backbone and checkpoint; those there stay.")
+    ] = Path("instruction"),
     texts: Annotated[Path, typer.Option(help="Sentences, one a line; no labels.")] = SENTENCES,
+    prefill_layers: Annotated[int, typer.Option(help="Layers below the cut, of 30.")] = 16,
     rounds: Annotated[int, typer.Option(min=1, help="Times that each rung is asked.")] = 5,
     as_json: AsJson = False,
 ) -> None:
@@ -152,7 +152,7 @@ def main(
     if not backbone.is_dir():
         write_backbone(backbone)
     if not checkpoint.is_dir():
-        train(backbone, sentences[:-ASKED], checkpoint)
+        train(backbone, prefill_layers, sentences[:-ASKED], checkpoint)
     engine = InProcessEngine(checkpoint, dtype="float32", enforce_eager=True, max_model_len=1024)
     try:
         report = compare(Asked(engine, sentences[-ASKED:]), rounds)

@@ -2,15 +2,19 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import instruction
 import pytest
 from bursts import Answer
 from demo import Comparison
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from revmux_vllm import layer_limit
 from revmux_vllm.bench.local_server import LocalServer
@@ -114,6 +118,27 @@ def test_a_comparison_is_of_medians() -> None:
     assert (found.ratio, found.engine_ratio) == (3, 2)
     assert found.agreement == 0.5
     assert found.distance == pytest.approx(0.25)
+
+
+def test_the_instruction_example_finds_its_prompt_in_the_cache(tmp_path: Path) -> None:
+    """Of a tiny language model, which knows the example's own words."""
+    sentences = (EXAMPLES / "sentences.txt").read_text(encoding="utf-8").splitlines()
+    texts = " ".join(map(instruction.prompt, sentences))
+    words = sorted({"positive", "negative", *re.findall(r"\w+|[^\w\s]+", texts)})
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="a"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    backbone = tmp_path / "backbone"
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(backbone)
+    shape = {"hidden_size": 128, "intermediate_size": 64, "num_hidden_layers": 4}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(words), **shape, **heads)).save_pretrained(backbone)
+    command = [sys.executable, str(EXAMPLES / "instruction.py"), "--output", str(tmp_path)]
+    done = json.loads(run_example(*command, "--prefill-layers", "2", "--rounds", "1", "--json"))
+    assert list(done) == ["alone", "merge:2", "mux:2"]
+    for row in done.values():
+        assert row["cached"] > 0.7
+        assert row["texts_per_s"] > 0
+    assert (done["alone"]["agreement"], done["alone"]["distance"]) == (1, 0)
 
 
 def test_the_demo(tmp_path: Path) -> None:
