@@ -134,7 +134,7 @@ def test_the_instruction_example_finds_its_prompt_in_the_cache(tmp_path: Path) -
     LlamaForCausalLM(LlamaConfig(vocab_size=len(words), **shape, **heads)).save_pretrained(backbone)
     command = [sys.executable, str(EXAMPLES / "instruction.py"), "--output", str(tmp_path)]
     done = json.loads(run_example(*command, "--prefill-layers", "2", "--rounds", "1", "--json"))
-    assert list(done) == ["alone", "merge:2", "mux:2"]
+    assert set(done) == {"alone", "merge:2", "mux:2"}
     for row in done.values():
         assert row["cached"] > 0.7
         assert row["texts_per_s"] > 0
