@@ -356,12 +356,12 @@ def make_engine() -> Iterator[Callable[..., RecordingEngine]]:
 
 
 @pytest.fixture
-def plain_vllm() -> Iterator[Callable[[Path], PlainEngine]]:
+def plain_vllm() -> Iterator[Callable[..., PlainEngine]]:
     """Plain vLLM over a backbone, in a process of its own that ends with the test."""
     with ExitStack() as stack:
 
-        def start(backbone: Path) -> PlainEngine:
-            engine = PlainEngine(backbone, **SMALL, enable_prefix_caching=False)
+        def start(backbone: Path, **options: Any) -> PlainEngine:
+            engine = PlainEngine(backbone, **SMALL | options, enable_prefix_caching=False)
             stack.callback(engine.close)
             return engine
 

@@ -136,7 +136,7 @@ def test_the_instruction_example_finds_its_prompt_in_the_cache(tmp_path: Path) -
     done = json.loads(run_example(*command, "--prefill-layers", "2", "--rounds", "1", "--json"))
     assert set(done) == {"alone", "merge:2", "mux:2"}
     for row in done.values():
-        assert row["cached"] > 0.7
+        assert row["cached"] > 0.6
         assert row["texts_per_s"] > 0
     assert (done["alone"]["agreement"], done["alone"]["distance"]) == (1, 0)
 

@@ -103,14 +103,16 @@ def quantize(backbone: Path) -> None:
 def test_int8(
     tmp_path: Path,
     make_engine: Callable[..., RecordingEngine],
-    plain_vllm: Callable[[Path], PlainEngine],
+    plain_vllm: Callable[..., PlainEngine],
 ) -> None:
-    """Alone exactly vLLM's own answer; otherwise near transformers' reading of the same folder."""
+    """Alone vLLM's own answer; otherwise near transformers' reading of the same folder."""
     ladder = checkpoint.load_adapters(make_tiny_checkpoint(tmp_path, rungs=ALL))
     quantize(tmp_path / "backbone")
     folder = tmp_path / "int8"
     checkpoint.save(folder, ladder, tmp_path / "backbone", "# int8\n", bundle_backbone=True)
-    engine, reference = make_engine(folder), reference_of(folder)
+    # With AMX vLLM takes kernels that know no float32.
+    dtype = {"dtype": "bfloat16" if torch.cpu._is_amx_tile_supported() else "float32"}
+    engine, reference = make_engine(folder, **dtype), reference_of(folder)
     for kind in (MUX, BOTH):
         engine.planner.policy = ByCrowd(parse_rungs(kind.split(",")))
         for seed, count in BATCHES:
@@ -120,5 +122,7 @@ def test_int8(
             assert difference <= INT8_MEAN_TOLERANCE, (kind, seed, count)
     engine.planner.policy = ByCrowd(())
     prompts = random_prompts(4, 64)
-    expected = torch.tensor(plain_vllm(tmp_path / "backbone").probabilities(prompts))
-    assert torch.equal(engine.answers(prompts)[0], expected)
+    expected = torch.tensor(plain_vllm(tmp_path / "backbone", **dtype).probabilities(prompts))
+    difference = (engine.answers(prompts)[0] - expected).abs()
+    # In bfloat16 blocks of another size round elsewhere.
+    assert difference.max().item() <= (0.05 if dtype["dtype"] == "bfloat16" else 0)
