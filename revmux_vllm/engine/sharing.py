@@ -97,13 +97,13 @@ class SharedBlocks:
         return [self._requests[request.id].block_hashes for request in requests]
 
     def remaining(self, rung: Rung, members: Sequence[Waiting]) -> int:
-        """Tokens of a composite, about, that are not in the cache at its rung, or its rows if these
-        are more: behind a prefix a single token may be two merged rows."""
-        names = self._in_common(rung, [self._requests[member.id] for member in members])
-        hit = bisect_left(names, True, key=lambda name: self._block(name) is None)
+        """Tokens of a composite that are not in the cache at its rung, or its rows if these are
+        more: behind a prefix a single token may be two merged rows. Never too few: a composite that
+        a step has no room for would be torn apart behind what only it may read."""
+        prefix = self.find(rung, [self._requests[member.id] for member in members])
         tokens = sum(member.num_tokens for member in members)
-        one_more = rung.shortening > 1 and hit > 0
-        return tokens - len(members) * hit * self._size + one_more
+        one_more = rung.shortening > 1 and prefix.hit > 0
+        return tokens - len(members) * prefix.hit * self._size + one_more
 
     @contextmanager
     def named(self, step: Step) -> Iterator[Step]:
