@@ -8,32 +8,25 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from revmux_vllm.backbones.base import Backbone, inside, shared_copy
-from revmux_vllm.backbones.encoder import FirstTokenHead
+from revmux_vllm.backbones.base import inside, shared_copy
+from revmux_vllm.backbones.encoder import EncoderBackbone, FirstTokenHead
 
 
-class DebertaV2Backbone(Backbone):
+class DebertaV2Backbone(EncoderBackbone):
     """Read through the backbone's own pooler."""
 
     def __init__(self, model: Any, prefill_layers: int, head: nn.Module | None = None) -> None:
         super().__init__(model, prefill_layers, head or FirstTokenHead(model.pooler, model))
-        trunk = model.deberta
-        self.layers = list(trunk.encoder.layer)
-        self.embeddings, self.encoder = trunk.embeddings, trunk.encoder
-        if trunk.encoder.conv is not None:
-            self.layers[0] = _Convolved(self.layers[0], trunk.encoder.conv)
+        if self.encoder.conv is not None:
+            self.layers[0] = _Convolved(self.layers[0], self.encoder.conv)
 
-    def lower(
-        self,
-        input_ids: Tensor,
-        lengths: Tensor,
-        token_type_ids: Tensor | None = None,
-        cache: Any = None,
-    ) -> Tensor:
-        # Zero behind each sequence, where a convolution would look.
+    def embed(self, input_ids: Tensor, lengths: Tensor, token_type_ids: Tensor | None) -> Tensor:
+        """Zero behind each sequence, where a convolution would look."""
         mask = inside(lengths, input_ids.shape[1])
-        rows = self.embeddings(input_ids=input_ids, token_type_ids=token_type_ids, mask=mask)
-        return self.between(rows, lengths, None, 0, self.prefill_layers)
+        rows: Tensor = self.embeddings(
+            input_ids=input_ids, token_type_ids=token_type_ids, mask=mask
+        )
+        return rows
 
     def _between(
         self,

@@ -25,8 +25,8 @@ class EncoderBackbone(Backbone):
         self.embeddings = trunk.embeddings
         self.project = getattr(trunk, "embeddings_project", nn.Identity())
 
-    def embed(self, input_ids: Tensor, token_type_ids: Tensor | None) -> Tensor:
-        """Token ids (B, T) to the first layer's rows (B, T, D)."""
+    def embed(self, input_ids: Tensor, lengths: Tensor, token_type_ids: Tensor | None) -> Tensor:
+        """Token ids (B, T) of ``lengths`` (B,) to the first layer's rows (B, T, D)."""
         rows = self.embeddings(input_ids=input_ids, token_type_ids=token_type_ids)
         projected: Tensor = self.project(rows)
         return projected
@@ -38,7 +38,7 @@ class EncoderBackbone(Backbone):
         token_type_ids: Tensor | None = None,
         cache: Any = None,
     ) -> Tensor:
-        rows = self.embed(input_ids, token_type_ids)
+        rows = self.embed(input_ids, lengths, token_type_ids)
         return self.between(rows, lengths, None, 0, self.prefill_layers)
 
     def _between(
@@ -69,7 +69,7 @@ class DistilBertBackbone(EncoderBackbone):
         own_head = nn.Sequential(model.pre_classifier, nn.ReLU(), model.classifier)
         super().__init__(model, prefill_layers, head or own_head)
 
-    def embed(self, input_ids: Tensor, token_type_ids: Tensor | None) -> Tensor:
+    def embed(self, input_ids: Tensor, lengths: Tensor, token_type_ids: Tensor | None) -> Tensor:
         """As in transformers, token types that a tokenizer brings are passed over."""
         rows: Tensor = self.embeddings(input_ids=input_ids)
         return rows
